@@ -1,0 +1,161 @@
+"""Batches for training and for evaluation, from any dataset of samples (see `d3lib.data`).
+
+What a training step sees is a pure function of the seed and the step: the frames of step k are places kB ..
+kB + B - 1 of an endless sequence, one permutation of the set after another (each drawn from the seed and its
+epoch), and the flips of step k are drawn from the seed and k. So a run resumed at step k goes on exactly as
+if it had never stopped, whatever the number of worker processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.utils.data import DataLoader, default_collate
+
+from d3lib.errors import UserError
+
+Batch = dict[str, torch.Tensor]
+_ORDER, _FLIP = 0, 1  # separate random streams
+
+
+def train_batches(
+    dataset: Any,
+    *,
+    frames: int | Sequence[int] | None,
+    batch_size: int,
+    seed: int,
+    size: tuple[int, int] | None = None,
+    device: str | torch.device = "cpu",
+    start_step: int = 0,
+    flip: bool = True,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Endless shuffled batches on `device`: rgb float32 (B, 3, H, W) in [0, 1]; depth, valid and maybe exact
+    (B, 1, H, W).
+
+    `frames`: which frames of `dataset`: the first n, these, or all (None). `size` (H, W): see
+    `resize_sample`. `flip`: mirror each sample left-right with probability 1/2, the only augmentation in the
+    paper. `start_step`: the step to resume at. `workers`: processes that read ahead. Raises `UserError` if
+    `frames` asks for what is not there.
+    """
+    chosen = choose_frames(len(dataset), frames)
+    steps = batch_indices(chosen, batch_size, seed, start_step)
+    for step, batch in enumerate(_fetch(dataset, steps, device, workers), start_step):
+        if flip:
+            count = len(batch["rgb"])
+            mirrored = torch.from_numpy(_random(seed, _FLIP, step, count) >> np.uint64(63) == 1).to(device)
+            batch = {key: torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x) for key, x in batch.items()}
+        yield _finish(batch, size)
+
+
+def eval_batches(
+    dataset: Any,
+    *,
+    frames: int | Sequence[int] | None = None,
+    batch_size: int = 8,
+    size: tuple[int, int] | None = None,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Each of `frames` once, in order and unaltered but for `size`; the last batch may be smaller."""
+    chosen = choose_frames(len(dataset), frames)
+    steps = (chosen[start : start + batch_size].tolist() for start in range(0, len(chosen), batch_size))
+    for batch in _fetch(dataset, steps, device, workers):
+        yield _finish(batch, size)
+
+
+def choose_frames(available: int, frames: int | Sequence[int] | None) -> np.ndarray:
+    """The indices `frames` means: the first n, these, or all (None). Raises `UserError` if out of range."""
+    chosen = np.asarray(
+        range(available) if frames is None else range(frames) if isinstance(frames, int) else frames
+    )
+    if not len(chosen) or chosen.min() < 0 or chosen.max() >= available:
+        raise UserError(
+            f"frames {frames} asked for, but the data set has {available}; ask for 1 to {available}"
+        )
+    return chosen
+
+
+def batch_indices(chosen: np.ndarray, batch_size: int, seed: int, start_step: int = 0) -> Iterator[list[int]]:
+    """The indices of each training step from `start_step` on, without end."""
+    epoch, start = -1, start_step * batch_size
+    while True:
+        batch = []
+        for place in range(start, start + batch_size):
+            if place // len(chosen) != epoch:
+                epoch = place // len(chosen)
+                # sorting raw bits: unlike Generator.permutation, the same in every version of NumPy
+                order = chosen[np.argsort(_random(seed, _ORDER, epoch, len(chosen)), kind="stable")]
+            batch.append(int(order[place % len(chosen)]))
+        yield batch
+        start += batch_size
+
+
+def resize_sample(sample: Mapping[str, torch.Tensor], size: tuple[int, int]) -> Batch:
+    """A sample or batch at `size` (H, W), stretched if the aspect differs; rgb keeps its type.
+
+    rgb: bilinear with antialiasing. depth, valid, exact: the nearest pixel, so that no depth is a mixture
+    across an edge or with an invalid pixel. rgb and depth may come in different sizes.
+    """
+    resized = {}
+    for key, image in sample.items():
+        batch = image if image.ndim == 4 else image[None]
+        if batch.shape[-2:] == tuple(size):
+            pass
+        elif key == "rgb":
+            values = functional.interpolate(batch.float(), size, mode="bilinear", antialias=True)
+            batch = values.round().clamp(0, 255).to(batch.dtype) if batch.dtype == torch.uint8 else values
+        else:
+            batch = functional.interpolate(batch.float(), size, mode="nearest-exact").to(batch.dtype)
+        resized[key] = batch if image.ndim == 4 else batch[0]
+    return resized
+
+
+def to_float(rgb: torch.Tensor) -> torch.Tensor:
+    """uint8 0 .. 255 → float32 0 .. 1."""
+    return rgb.float().div_(255)
+
+
+def _random(seed: int, stream: int, number: int, count: int) -> np.ndarray:
+    """`count` random 64-bit integers, a pure function of the arguments on every platform."""
+    return np.random.PCG64(np.random.SeedSequence((seed, stream, number))).random_raw(count)
+
+
+def _fetch(
+    dataset: Any, steps: Iterator[list[int]], device: str | torch.device, workers: int
+) -> Iterator[Batch]:
+    """The batches of `steps`, on `device`, read ahead by `workers` processes."""
+    on_gpu = torch.device(device).type == "cuda"
+    loader = DataLoader(
+        dataset,
+        batch_sampler=steps,  # type: ignore[arg-type] - any iterable of lists of indices will do
+        collate_fn=_collate,
+        num_workers=workers,
+        pin_memory=on_gpu,
+        generator=torch.Generator(),  # or the loader would draw from torch's global generator
+    )
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except UserError as error:  # from a worker it comes wrapped in the text of its traceback
+            raise UserError(
+                str(error).strip().splitlines()[-1].removeprefix("d3lib.errors.UserError: ")
+            ) from None
+        yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def _collate(samples: Any) -> Batch:
+    """A store has already made the batch (`Store.__getitems__`); other datasets give a list of samples."""
+    return samples if isinstance(samples, dict) else default_collate(samples)
+
+
+def _finish(batch: Batch, size: tuple[int, int] | None) -> Batch:
+    batch = batch | {"rgb": to_float(batch["rgb"])}
+    return resize_sample(batch, size) if size else batch
