@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     import torch
 
 
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def runs_folder() -> Path:
+    """Where everything a machine makes goes: `D3LIB_RUNS` if set, else `runs` in the clone, or in the current folder."""
+    named = os.environ.get("D3LIB_RUNS")
+    if named:
+        return Path(named)
+    return (PROJECT if (PROJECT / "pyproject.toml").is_file() else Path.cwd()) / "runs"
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that becomes `path` if the block succeeds, and vanishes if it does not.
@@ -141,7 +152,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # the package raises several kinds for a damaged header
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
     if metadata.get("digest") != digest_tensors(tensors):

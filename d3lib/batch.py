@@ -1,0 +1,163 @@
+"""The batch: notebooks executed with checked parameters, and a budget's runs handed to Snakemake."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from d3lib.artefacts import PROJECT, atomic_path, atomic_write
+from d3lib.errors import UserError
+from d3lib.experiments import all_runs
+
+SNAKEFILE = Path(__file__).resolve().parent / "workflow" / "Snakefile"
+KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "None": type(None)}
+
+
+def read_parameters(text: str, pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Parameters from a JSON object or a file that holds one, then from NAME VALUE pairs.
+
+    A pair's value that is no JSON is a string.
+    """
+    try:
+        parameters = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read parameters from {text}: {error}") from error
+    if not isinstance(parameters, dict):
+        raise UserError(f"{text}: must hold a JSON object of parameters, not a {type(parameters).__name__}")
+    for name, text in pairs:
+        try:
+            parameters[name] = json.loads(text)
+        except ValueError:
+            parameters[name] = text
+    return parameters
+
+
+def declared_parameters(notebook: Any) -> dict[str, tuple[str, ...]]:
+    """The names in a notebook's cell tagged `parameters`, each with the kinds of value it takes.
+
+    A kind comes from the annotation (`steps: int | None = None`), else from the default's type.
+    """
+    kinds: dict[str, tuple[str, ...]] = {}
+    for cell in notebook.cells:
+        if "parameters" not in cell.metadata.get("tags", []):
+            continue
+        for node in ast.parse(cell.source).body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                kinds[node.target.id] = tuple(part.strip() for part in ast.unparse(node.annotation).split("|"))
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                default = ast.literal_eval(node.value)
+                kinds[node.targets[0].id] = ("None" if default is None else type(default).__name__,)
+    return kinds
+
+
+def check_parameters(notebook: Any, parameters: Mapping[str, Any], name: str) -> None:
+    """Raise `UserError` for a parameter the notebook does not declare, or of the wrong type (papermill only warns)."""
+    declared = declared_parameters(notebook)
+    for parameter, value in parameters.items():
+        if parameter not in declared:
+            known = ", ".join(declared) or "none"
+            raise UserError(f"{name} has no parameter {parameter!r}; it has {known}")
+        wanted = declared[parameter]
+        fits = any(isinstance(value, KINDS[kind]) for kind in wanted if kind in KINDS)
+        if not fits or (isinstance(value, bool) and "bool" not in wanted):
+            raise UserError(f"{name}: parameter {parameter} must be {' or '.join(wanted)}, not {value!r}")
+
+
+def execute_notebook(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
+    """Execute a MyST Markdown notebook with parameters and write the executed notebook, whole, to `target`.
+
+    A cell that raises ends the execution; the notebook with its error is still written.
+
+    Raises:
+        UserError: no such notebook, parameters that do not fit, or a cell that raised (with its last line).
+    """
+    import jupytext
+    import papermill
+
+    if not source.is_file():
+        raise UserError(f"{source}: no such notebook")
+    notebook = jupytext.read(source)
+    check_parameters(notebook, parameters, str(source))
+    with atomic_path(target) as temporary:
+        try:
+            papermill.execute_notebook(
+                notebook,
+                str(temporary),
+                parameters=dict(parameters),
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=str(source.resolve().parent),
+            )
+        except papermill.PapermillExecutionError as error:
+            failed = target.with_suffix(".failed.ipynb")
+            failed.write_bytes(temporary.read_bytes())
+            raise UserError(f"{source}: {error.ename}: {error.evalue} (see {failed})".splitlines()[0]) from error
+
+
+def reproduce(
+    budget: str,
+    *,
+    out: Path,
+    only: str | None = None,
+    cores: int | None = None,
+    dry_run: bool = False,
+    profile: Path | None = None,
+) -> int:
+    """Bring every run and figure of a budget up to date with Snakemake; only what changed is done again.
+
+    Returns 0 if all of it is done, 1 if something failed (the rest is done all the same).
+    Raises `UserError` for an unknown budget or item, outside a clone, or while another batch works in `out`.
+    """
+    runs = all_runs(budget, only)
+    if not (PROJECT / "book").is_dir():
+        raise UserError(f"{PROJECT / 'book'}: the notebooks are not there; run from a clone of the repository")
+    place = out.resolve() / budget
+    plan = place / "plan.json"
+    with _only_batch(place):
+        with atomic_write(plan) as file:
+            places = {
+                "out": str(place),
+                "data_root": str(out.resolve() / "data"),
+                "book": str(PROJECT / "book"),
+            }
+            json.dump({"budget": budget, "only": only, **places}, file)
+        command = [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--snakefile",
+            str(SNAKEFILE),
+            "--directory",
+            str(place),
+        ]
+        command += ["--configfile", str(plan)]
+        environment = os.environ | {"D3LIB_RUNS": str(out.resolve())}
+        if any((place / ".snakemake" / "locks").glob("*")):  # a killed batch; ours is the only one now
+            subprocess.run([*command, "--unlock", "--quiet", "all"], env=environment, check=False)
+        command += ["--cores", str(cores or os.cpu_count() or 1), "--keep-going", "--rerun-incomplete"]
+        command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "host"]
+        command += ["--dry-run"] if dry_run else []
+        command += ["--profile", str(profile)] if profile else []
+        print(f"{len(runs)} runs at budget {budget}; results in {place}", flush=True)
+        code = subprocess.run(command, env=environment, check=False).returncode
+    return 1 if code else 0
+
+
+@contextlib.contextmanager
+def _only_batch(place: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system releases however the process ends."""
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".batch.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{place}: another batch is working there; wait for it to end") from error
+        yield

@@ -1,0 +1,221 @@
+"""The command line. Each command is a few lines over the library; bad input gets one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from d3lib import __version__
+from d3lib.artefacts import runs_folder
+from d3lib.errors import UserError
+from d3lib.experiments import BUDGETS, Run, make_run
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and where to read more, and exit with code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 for bad input."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.action(options) or 0
+    except UserError as error:
+        print(f"d3lib: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("d3lib: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> Parser:
+    """All commands with their help."""
+    parser = Parser(prog="d3lib", description="Regression losses for deep depth estimation: data, training, batch.")
+    parser.add_argument("--version", action="version", version=f"d3lib {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    data = commands.add_parser("data", help="prepare data").add_subparsers(required=True, metavar="SOURCE")
+    rooms = _command(data, "rooms", _data_rooms, "render a set of synthetic rooms into a store")
+    rooms.add_argument("--split", default="train", help="train, val, test or unseen (default: train)")
+    rooms.add_argument("--scenes", type=int, help="how many scenes of the split (default: all)")
+    rooms.add_argument("--views", type=int, default=1, help="frames of each scene (default: 1)")
+    rooms.add_argument("--size", type=_size, default=(96, 128), metavar="HxW", help="default: 96x128")
+    rooms.add_argument("--out", type=Path, default=runs_folder(), help="where results go (default: runs)")
+    rooms.add_argument("--shading", default="full", help="full, flat or albedo (an intervention; default: full)")
+    verify = _command(data, "verify", _data_verify, "check every byte of a store against its digests")
+    verify.add_argument("store", type=Path, help="the store's folder")
+
+    train = _command(commands, "train", _train, "do one run: train, evaluate, write its record")
+    _add_run_flags(train)
+    _add_places(train)
+
+    evaluate = _command(commands, "evaluate", _evaluate, "score a weights file on a data source, beside baselines")
+    evaluate.add_argument("--weights", type=Path, required=True, help="a .safetensors file that d3lib wrote")
+    _add_run_flags(evaluate)
+    _add_places(evaluate)
+
+    predict = _command(commands, "predict", _predict, "depth from your own picture")
+    predict.add_argument("image", type=Path, help="a JPEG or PNG picture")
+    predict.add_argument("--weights", type=Path, help="a .safetensors file (default: the newest of the batch)")
+    predict.add_argument("--intrinsics", metavar="FX,FY,CX,CY", help="in pixels of the picture: also writes a .ply")
+    predict.add_argument("--to", type=Path, help="folder for the results (default: beside the picture)")
+    _add_places(predict)
+
+    reproduce = _command(commands, "reproduce", _reproduce, "do all runs of a budget and draw its figures")
+    _add_batch_flags(reproduce)
+    reproduce.add_argument("--cores", type=int, help="local cores to use (default: all)")
+    reproduce.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    reproduce.add_argument("--profile", type=Path, help="a Snakemake profile folder (a cluster, for example)")
+    _add_places(reproduce)
+
+    status = _command(commands, "status", _status, "every run of a budget: done, failed, running or not run")
+    _add_batch_flags(status)
+    status.add_argument("--table", action="store_true", help="also print our numbers beside the paper's")
+    _add_places(status)
+
+    notebook = _command(commands, "notebook", _notebook, "execute one notebook with checked parameters")
+    notebook.add_argument("source", type=Path, help="a MyST Markdown notebook (.md)")
+    notebook.add_argument("target", type=Path, help="the executed notebook to write (.ipynb)")
+    notebook.add_argument("--parameters", default="{}", metavar="JSON", help="a JSON object, or a file that holds one")
+    notebook.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs")
+
+    bench = _command(commands, "bench", _bench, "measure speed against named baselines, in one run")
+    bench.add_argument("what", nargs="?", default="all", help="rooms, train, or all (default: all)")
+    bench.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser
+
+
+def _command(commands: typing.Any, name: str, action: typing.Any, text: str) -> Parser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(action=action)
+    return parser
+
+
+def _add_run_flags(parser: Parser) -> None:
+    """One flag for each field of `Run`; what is not given keeps the budget's number."""
+    kinds = typing.get_type_hints(Run)
+    group = parser.add_argument_group("the run (what is not given comes from the budget)")
+    for field in dataclasses.fields(Run):
+        flag = f"--{field.name.replace('_', '-')}"
+        text = field.metadata["help"].replace("%", "%%")
+        if kinds[field.name] is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            group.add_argument(flag, type=kinds[field.name], metavar=field.name.upper(), help=text)
+
+
+def _add_batch_flags(parser: Parser) -> None:
+    parser.add_argument("--budget", default="smoke", help=f"one of {', '.join(BUDGETS)} (default: smoke)")
+    parser.add_argument("--only", metavar="ITEM", help="one figure or table, for example fig2")
+
+
+def _add_places(parser: Parser) -> None:
+    parser.add_argument("--out", type=Path, default=runs_folder(), help="where results go (default: runs)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Parse HxW."""
+    height, _, width = text.partition("x")
+    try:
+        return int(height), int(width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, for example 96x128") from None
+
+
+def _run_of(options: argparse.Namespace) -> Run:
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Run)}
+    return make_run(fields.pop("budget") or "smoke", **fields)
+
+
+def _data_rooms(options: argparse.Namespace) -> None:
+    from d3lib.data import rooms
+    from d3lib.data.prepare import RoomsStore
+    from d3lib.training import progress_line
+
+    scenes = len(rooms.scene_seeds(options.split)) if options.scenes is None else options.scenes
+    prepared = RoomsStore(options.out / "data", options.split, scenes, options.views, *options.size, options.shading)
+    store = prepared.open(progress_line())
+    print(f"{prepared.folder}: {len(store)} frames, digest {store.digest[:16]}")
+
+
+def _data_verify(options: argparse.Namespace) -> None:
+    from d3lib.data.shards import open_store
+
+    store = open_store(options.store)
+    store.verify()
+    print(f"{options.store}: {len(store)} frames, every digest matches")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from d3lib.execution import execute, model_card
+    from d3lib.training import progress_line
+
+    run = _run_of(options)
+    out = options.out / run.budget
+    record = execute(run, out, options.out / "data", device=options.device, progress=progress_line())
+    print(f"\n{model_card(record)}\nrecord: {out / run.key / 'record.json'}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from d3lib.execution import score_weights
+    from d3lib.results import text_table
+
+    print(text_table(score_weights(options.weights, _run_of(options), options.out / "data", device=options.device)))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from d3lib.predict import newest_weights, parse_intrinsics, predict_picture
+
+    weights = options.weights or newest_weights(options.out)
+    intrinsics = parse_intrinsics(options.intrinsics) if options.intrinsics else None
+    for path in predict_picture(options.image, weights, options.to, intrinsics, options.device):
+        print(path)
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from d3lib.batch import reproduce
+
+    return reproduce(
+        options.budget,
+        out=options.out,
+        only=options.only,
+        cores=options.cores,
+        dry_run=options.dry_run,
+        profile=options.profile,
+    )
+
+
+def _status(options: argparse.Namespace) -> None:
+    from d3lib.results import comparison_text, status_text
+
+    print(status_text(options.budget, options.out, options.only))
+    if options.table:
+        print(comparison_text(options.budget, options.out))
+
+
+def _notebook(options: argparse.Namespace) -> None:
+    from d3lib.batch import execute_notebook, read_parameters
+
+    parameters = read_parameters(options.parameters, options.pairs)
+    execute_notebook(options.source, options.target, parameters)
+    print(options.target)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from d3lib.bench import bench
+
+    bench(options.what, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Makes stores from sources: which folder holds which prepared data, and how to make it if it is not there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from d3lib.data import rooms, shards
+from d3lib.provenance import code_digest
+
+RENDER_BATCH = 16  # frames rendered at once; more is no faster on a CPU and costs memory
+
+
+@dataclass(frozen=True)
+class RoomsStore:
+    """One prepared set of rooms: `scenes` scenes of a split, `views` frames of each, at one size.
+
+    Frames are in view-major order, so the first `scenes * k` frames are the nested set with k frames a scene.
+    """
+
+    root: Path  # folder of all prepared data
+    split: str  # train, val, test or unseen
+    scenes: int
+    views: int
+    height: int  # pixels
+    width: int  # pixels
+    shading: str = "full"  # see `rooms.render`
+
+    @property
+    def folder(self) -> Path:
+        """Where the store lies."""
+        shading = "" if self.shading == "full" else f"-{self.shading}"
+        name = f"rooms-{self.split}-{self.scenes}x{self.views}-{self.height}x{self.width}{shading}"
+        return self.root / name
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What decides the store's content: its parameters and a digest of the renderer's code."""
+        return {
+            "kind": "rooms",
+            "split": self.split,
+            "scenes": self.scenes,
+            "views": self.views,
+            "height": self.height,
+            "width": self.width,
+            "shading": self.shading,
+            "code": code_digest("d3lib.data.rooms", without=("d3lib.errors",)),
+        }
+
+    def open(self, progress: Callable[[str], None] | None = None) -> shards.Store:
+        """The store, rendered first if it is missing or was rendered by other code."""
+        if (self.folder / "store.json").is_file():
+            store = shards.open_store(self.folder)
+            if store.source == self.source:
+                return store
+        frames = rooms.frames(self.split, scenes=self.scenes, views=self.views)
+        names = [f"{seed}-{view:04d}" for seed, view in frames]
+        return shards.write_store(
+            self.folder, self._rendered(frames, progress), source=self.source, names=names
+        )
+
+    def _rendered(
+        self, frames: list[tuple[int, int]], progress: Callable[[str], None] | None
+    ) -> Iterator[Mapping[str, Tensor]]:
+        start = time.perf_counter()
+        for i in range(0, len(frames), RENDER_BATCH):
+            yield rooms.render(
+                frames[i : i + RENDER_BATCH], size=(self.height, self.width), shading=self.shading
+            )
+            done = min(i + RENDER_BATCH, len(frames))
+            if progress is not None and (i // RENDER_BATCH % 10 == 9 or done == len(frames)):
+                rate = done / (time.perf_counter() - start)
+                progress(f"{self.folder.name}: {done}/{len(frames)} frames, {rate:.1f} frames/s")

@@ -1,0 +1,89 @@
+"""How good a network's depth is: predictions over a set, scored by a stated protocol, beside what it must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d3lib.artefacts import finite, load_weights
+from d3lib.errors import UserError
+from d3lib.metrics import DepthMetrics, Protocol
+from d3lib.models import D3Net
+from d3lib.training import autocast
+
+Predictor = Callable[[Tensor], Tensor]
+Scores = dict[str, dict[str, float | None]]
+
+
+def as_predictor(net: nn.Module, device: str = "cpu", precision: str = "float32") -> Predictor:
+    """A function RGB float (B, 3, H, W) in [0, 1] → float32 metres (B, 1, H, W) that runs `net` for evaluation."""
+
+    def predict(rgb: Tensor) -> Tensor:
+        net.eval()
+        with torch.inference_mode(), autocast(device, precision):
+            return net(rgb).float()
+
+    return predict
+
+
+def evaluate(
+    predict: Predictor,
+    batches: Iterable[Mapping[str, Tensor]],
+    protocol: Protocol | None = None,
+    targets: tuple[str, ...] = ("depth",),
+) -> dict[str, Scores]:
+    """Score predictions over a finite set of batches.
+
+    Args:
+        predict: RGB (B, 3, H, W) → metres (B, 1, H, W).
+        batches: dictionaries with `rgb`, `depth`, `valid` and, for the target "exact", `exact`.
+        protocol: crop, depth range and size; the default scores every valid pixel between 1e-3 and 10 m.
+        targets: "depth" (the sensor's values, where valid) and/or "exact" (the true depth, everywhere).
+
+    Returns:
+        For each target `{"pooled": {...}, "per_image": {...}, "images": n}` with finite numbers or `None`.
+
+    Raises:
+        UserError: there is no batch, or a target is not in the data.
+    """
+    protocol = protocol or Protocol()
+    metrics = {target: DepthMetrics() for target in targets}
+    seen = 0
+    for batch in batches:
+        pred = predict(batch["rgb"])
+        for target, metric in metrics.items():
+            if target not in batch:
+                raise UserError(f"this data has no {target!r} depth; it has {', '.join(sorted(batch))}")
+            valid = batch["valid"] if target == "depth" else torch.ones_like(batch["valid"])
+            metric.update(*protocol.apply(pred, batch[target], valid))
+        seen += len(pred)
+    if seen == 0:
+        raise UserError("nothing to evaluate: the set is empty")
+    return {target: tidy(metric.compute()) | {"images": seen} for target, metric in metrics.items()}
+
+
+def tidy(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Scores ready for JSON: NaN (no valid pixel) becomes `None`."""
+    return {kind: {name: finite(value) for name, value in row.items()} for kind, row in scores.items()}
+
+
+def load_network(path: str | Path, device: str = "cpu") -> tuple[D3Net, dict[str, Any]]:
+    """A trained network from a weights file, ready to predict, and the file's metadata (all strings).
+
+    Raises:
+        UserError: no such file, damaged, not a D3-Net, or tensors that do not fit.
+    """
+    weights, metadata = load_weights(path)
+    if not {"encoder", "max_depth", "height", "width", "trained_on"} <= metadata.keys():
+        raise UserError(f"{path}: these weights do not say which network they are for (no encoder in the header)")
+    try:
+        net = D3Net(encoder=metadata["encoder"], max_depth=float(metadata["max_depth"]))
+        net.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"{path}: the weights do not fit D3-Net with {metadata['encoder']}: {line}") from error
+    return net.to(device).eval(), metadata

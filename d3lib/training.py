@@ -1,0 +1,276 @@
+"""The training loop: one readable loop for regression losses and the adversarial one alike.
+
+It knows networks, losses and batches; what to train on which data is decided by its caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d3lib.artefacts import atomic_path
+from d3lib.errors import UserError
+from d3lib.losses import discriminator_input, discriminator_loss, generator_loss
+from d3lib.models import PatchDiscriminator
+
+Batch = Mapping[str, Tensor]
+Cast = Callable[[], contextlib.AbstractContextManager[Any]]
+CHECKPOINT_VERSION = 1
+
+
+class DivergedError(UserError):
+    """The loss is no longer a finite number."""
+
+
+def pick_device(name: str = "auto") -> str:
+    """`name` itself, or for "auto" CUDA where there is one, else the CPU. Raises `UserError` for a missing GPU."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {name!r}: no CUDA device is visible; use --device cpu")
+    return name
+
+
+def pick_precision(precision: str, device: str) -> str:
+    """Resolve "auto": bf16 on a GPU that has it natively (a T4 only emulates it), fp16 on other GPUs, else float32."""
+    if precision != "auto":
+        if precision == "fp16" and not device.startswith("cuda"):
+            raise UserError("precision fp16 needs a CUDA device; use float32 or bf16 here")
+        return precision
+    if not device.startswith("cuda"):
+        return "float32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a network runs at the given precision ("float32", "bf16" or "fp16")."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.split(":")[0], dtype=dtype)
+
+
+class Adversary:
+    """The discriminator's side of `gan`: its network, its optimiser, and the two least-squares terms.
+
+    D learns to answer 1 for (true depth, image) and 0 for (predicted depth, image); the depth network is paid
+    for making D answer 1. Both see depth times the valid mask, or holes would give the answer away.
+    """
+
+    def __init__(self, discriminator: PatchDiscriminator, variant: str, adam: Mapping[str, Any]) -> None:
+        self.net = discriminator
+        self.variant = variant
+        self.optimiser = torch.optim.Adam(discriminator.parameters(), **adam)
+
+    def learn(self, pred: Tensor, batch: Batch, cast: Cast, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+        """One step of D on real and fake depth (B, 1, H, W); returns mean D(real) and D(fake)."""
+        self.net.requires_grad_(True)
+        with cast():
+            real = self.net(discriminator_input(batch["depth"], batch["rgb"], batch["valid"]))
+            fake = self.net(discriminator_input(pred.detach(), batch["rgb"], batch["valid"]))
+            loss = discriminator_loss(real, fake)
+        self.optimiser.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(self.optimiser)
+        return {"d_real": real.detach().mean(), "d_fake": fake.detach().mean()}
+
+    def penalty(self, pred: Tensor, batch: Batch) -> Tensor:
+        """What the depth network pays while D still tells its maps from true ones: a scalar with gradient to `pred`."""
+        self.net.requires_grad_(False)  # this pass is for the depth network; D's own gradients are not wanted
+        return generator_loss(self.net(discriminator_input(pred, batch["rgb"], batch["valid"])), variant=self.variant)
+
+
+@dataclass
+class Trace:
+    """What happened during training: the learning curve, and the weights that did best on validation scenes."""
+
+    curve: list[dict[str, float | None]] = field(default_factory=list)
+    best_step: int = 0
+    best_error: float = math.inf
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0  # spent in optimiser steps, evaluation left out
+
+    def add(self, point: dict[str, float | None], net: nn.Module) -> None:
+        """Append a point of the curve; keep the weights if its `val_rms` is the best so far."""
+        self.curve.append(point)
+        error = point.get("val_rms")
+        if error is not None and error < self.best_error:
+            self.best_step, self.best_error = int(point["step"] or 0), error
+            self.best_weights = {name: value.detach().cpu().clone() for name, value in net.state_dict().items()}
+
+
+def fit(
+    net: nn.Module,
+    pixel_loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    batches: Callable[[int], Iterator[Batch]],
+    *,
+    steps: int,
+    learning_rate: float = 2e-4,
+    betas: tuple[float, float] = (0.5, 0.999),
+    adversary: PatchDiscriminator | None = None,
+    lam: float = 20.0,
+    variant: str = "paper",
+    device: str = "cpu",
+    precision: str = "float32",
+    evaluate: Callable[[nn.Module], dict[str, float | None]] | None = None,
+    evaluations: int = 10,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    identity: str = "",
+    progress: Callable[[str], None] | None = None,
+) -> Trace:
+    """Train `net` in place for `steps` optimiser steps, and return the trace.
+
+    Args:
+        net: RGB float (B, 3, H, W) in [0, 1] → metres (B, 1, H, W).
+        pixel_loss: (pred, target, mask) → scalar; with an `adversary` it is the L1 term.
+        batches: start step → endless iterator of batches (rgb, depth, valid) on `device`; it must be a pure
+            function of the step, so that a resumed run sees what an uninterrupted one would have seen.
+        adversary: the discriminator, for `gan`: loss = adversarial term + `lam` · pixel loss.
+        evaluate: called at `evaluations` equally spaced steps (the last step among them); its `val_rms` chooses
+            the best weights.
+        checkpoint: file to resume from if it exists, and to save to every `checkpoint_seconds` seconds.
+        identity: what the checkpoint belongs to; a checkpoint of something else is refused.
+
+    Raises:
+        DivergedError: the loss is not finite.
+        UserError: the checkpoint is damaged or belongs to another run.
+    """
+    adam = {"lr": learning_rate, "betas": betas, "fused": device.startswith("cuda")}
+    optimiser = torch.optim.Adam(net.parameters(), **adam)
+    opponent = None if adversary is None else Adversary(adversary, variant, adam)
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision == "fp16")
+    trace, start = Trace(), 0
+    if checkpoint is not None and checkpoint.exists():
+        start = _load_checkpoint(checkpoint, identity, net, optimiser, opponent, scaler, trace)
+    milestones = {round(steps * (i + 1) / evaluations) for i in range(min(evaluations, steps))}
+    source = batches(start)
+
+    def cast() -> contextlib.AbstractContextManager[Any]:
+        return autocast(device, precision)
+
+    net.train()
+    clock = saved = time.perf_counter()
+    spent = 0.0  # in optimiser steps of this process
+    logs: dict[str, Tensor] = {}
+    for step in range(start + 1, steps + 1):
+        batch = next(source)
+        with cast():
+            pred = net(batch["rgb"])  # (B, 1, H, W), metres
+        if opponent is not None:
+            logs |= opponent.learn(pred, batch, cast, scaler)
+        with cast():
+            loss = pixel_loss(pred, batch["depth"], batch["valid"])
+            if opponent is not None:
+                loss = opponent.penalty(pred, batch) + lam * loss
+        optimiser.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        logs["loss"] = loss.detach()
+
+        milestone = step in milestones
+        due = checkpoint is not None and time.perf_counter() - saved > checkpoint_seconds
+        if not (milestone or due or step % 50 == 0):
+            continue
+        shown = {name: float(value) for name, value in logs.items()}  # waits for the GPU, so not at every step
+        if not all(map(math.isfinite, shown.values())):
+            raise DivergedError(f"training diverged: loss is {shown['loss']} at step {step}; lower learning_rate")
+        spent += time.perf_counter() - clock
+        trace.seconds += time.perf_counter() - clock
+        if progress is not None:
+            text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            progress(f"step {step}/{steps}  {text}  {(step - start) / spent:.1f} steps/s")
+        if milestone:
+            scores = {} if evaluate is None else evaluate(net)
+            net.train()
+            trace.add({"step": step, "images": step * len(batch["rgb"]), **shown, **scores}, net)
+        if checkpoint is not None and (due or milestone):
+            _save_checkpoint(checkpoint, identity, step, net, optimiser, opponent, scaler, trace)
+            saved = time.perf_counter()
+        clock = time.perf_counter()
+    return trace
+
+
+def _save_checkpoint(
+    path: Path,
+    identity: str,
+    step: int,
+    net: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    opponent: Adversary | None,
+    scaler: torch.amp.GradScaler,
+    trace: Trace,
+) -> None:
+    """Write all that resuming needs; data order and flips are functions of the step, so no random state is in it."""
+    state = {
+        "version": CHECKPOINT_VERSION,
+        "identity": identity,
+        "step": step,
+        "net": net.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "scaler": scaler.state_dict(),
+        "trace": vars(trace),
+    }
+    if opponent is not None:
+        state |= {
+            "adversary": opponent.net.state_dict(),
+            "adversary_optimiser": opponent.optimiser.state_dict(),
+        }
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _load_checkpoint(
+    path: Path,
+    identity: str,
+    net: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    opponent: Adversary | None,
+    scaler: torch.amp.GradScaler,
+    trace: Trace,
+) -> int:
+    """Restore everything in place and return the step reached."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = (state["version"], state["identity"])
+    except Exception as error:  # a damaged archive raises many kinds
+        raise UserError(f"{path}: not a readable checkpoint; delete it to start this run afresh") from error
+    if found != (CHECKPOINT_VERSION, identity):
+        raise UserError(f"{path}: belongs to another run or other training code; delete it to start afresh")
+    net.load_state_dict(state["net"])
+    optimiser.load_state_dict(state["optimiser"])
+    scaler.load_state_dict(state["scaler"])
+    if opponent is not None:
+        opponent.net.load_state_dict(state["adversary"])
+        opponent.optimiser.load_state_dict(state["adversary_optimiser"])
+    vars(trace).update(state["trace"])
+    return int(state["step"])
+
+
+def progress_line() -> Callable[[str], None]:
+    """A function that shows the newest line of progress: rewritten in place in a notebook and on a terminal.
+
+    Where output is a file or a pipe, every line is printed.
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None and hasattr(shell, "kernel"):
+        from IPython.display import Pretty, display
+
+        class Line(Pretty):
+            """Shows its text without quotation marks."""
+
+        handle = display(Pretty("training ..."), display_id=True)
+        return lambda text: handle.update(Pretty(text))
+    if sys.stderr.isatty():
+        return lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    return lambda text: print(text, file=sys.stderr, flush=True)
