@@ -1,17 +1,17 @@
 r"""The seven losses of Table 1, each a few lines under its equation.
 
 Symbols, as in the paper: $y$ is the true depth (`target`) and $\hat y$ the predicted depth (`pred`), both
-(B, 1, H, W) in metres; $l = y - \hat y$ and $d = \ln y - \ln \hat y$; $N$ is the number of valid pixels, those
-where `mask` (B, 1, H, W, bool) is True; without a mask all are valid.
+(B, 1, H, W) in metres; $l = y - \hat y$ and $d = \ln y - \ln \hat y$; $N$ is the number of valid pixels,
+those where `mask` (B, 1, H, W, bool) is True; without a mask all are valid.
 
 What all of them promise:
 
-- They leave autocast: float16 and bfloat16 inputs are widened to float32, float64 stays float64, and no operation
-  here is one that autocast would narrow.
-- Depths enter logarithms clamped at 1e-3 m, so values and gradients are finite for |pred|, |target| <= 1e4. The
-  gradient handed back to a float16 prediction saturates at that type's range.
-- An invalid pixel contributes nothing, whatever it holds (NaN included). A batch without valid pixels gives a zero
-  that is still attached to the graph and has zero gradients.
+- They leave autocast: float16 and bfloat16 inputs are widened to float32, float64 stays float64, and no
+  operation here is one that autocast would narrow.
+- Depths enter logarithms clamped at 1e-3 m, so values and gradients are finite for |pred|, |target| <= 1e4.
+  The gradient handed back to a float16 prediction saturates at that type's range.
+- An invalid pixel contributes nothing, whatever it holds (NaN included). A batch without valid pixels gives
+  a zero that is still attached to the graph and has zero gradients.
 - Nothing waits for the device: no value is read back to the host.
 
 Wrong shapes or types raise ValueError.
@@ -63,7 +63,8 @@ def eigen_loss(
     r"""Scale-invariant loss, $\frac{1}{N}\sum_i d_i^2 - \frac{\lambda}{N^2}\bigl(\sum_i d_i\bigr)^2$.
 
     The sums run over the valid pixels of one image, and the loss is the mean over the images that have any:
-    the invariance is an image's. With $\lambda=1$, multiplying one image's prediction by a constant changes nothing.
+    the invariance is an image's. With $\lambda=1$, multiplying one image's prediction by a constant changes
+    nothing.
 
     Args:
         lam: $\lambda$, from 0 (mean square log error) to 1 (invariant to scale).
@@ -104,7 +105,7 @@ def eigengrad_loss(
 
 
 def berhu_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None, c: float | None = None) -> Tensor:
-    r"""BerHu: $|l|$ where $|l| \le c$, else $(l^2 + c^2) / 2c$; mean over the batch's valid pixels, in metres.
+    r"""BerHu: $|l|$ where $|l| \le c$, else $(l^2 + c^2) / 2c$; mean over the batch, in metres.
 
     Args:
         c: threshold in metres; None takes $0.2 \max_i |l_i|$ over the batch's valid pixels, without gradient.
@@ -138,9 +139,10 @@ def released_eigen_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None
 def released_eigengrad_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""The released code's eigengrad: $\frac{1}{N}\sum_i \bigl[d_i^2 + (S_x d)_i^2 + (S_y d)_i^2\bigr]$.
 
-    $S_x$ and $S_y$ are Sobel filters without their factor 1/8, over d with zeros in its holes and beyond its border:
-    a response at a valid pixel also sees the edge of a hole. Depths up to 0.5 m count as holes. The average is over
-    the batch's valid pixels, as in the other losses here (the authors divide by all pixels).
+    $S_x$ and $S_y$ are Sobel filters without their factor 1/8, over d with zeros in its holes and beyond
+    its border: a response at a valid pixel also sees the edge of a hole. Depths up to 0.5 m count as holes.
+    The average is over the batch's valid pixels, as in the other losses here (the authors divide by all
+    pixels).
     """
     d, valid = _log_residuals(pred, target, _check(pred, target, mask) & (target > 0.5))
     d = torch.nn.functional.pad(d, (1, 1, 1, 1))  # (B, 1, H+2, W+2)
@@ -150,9 +152,7 @@ def released_eigengrad_loss(pred: Tensor, target: Tensor, mask: Tensor | None = 
     return _mean(d[..., 1:-1, 1:-1] ** 2 + sobel_x**2 + sobel_y**2, valid)
 
 
-def released_huber_loss(
-    pred: Tensor, target: Tensor, mask: Tensor | None = None, c: float | None = None
-) -> Tensor:
+def released_huber_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None, c: float | None = None) -> Tensor:
     r"""The released code's Huber, the classic: $l^2 / 2$ where $|l| \le c$, else $c\,(|l| - c / 2)$.
 
     The mean over the batch's valid pixels, in square metres; c as in `berhu_loss`.
@@ -166,9 +166,9 @@ def released_huber_loss(
 def discriminator_input(depth: Tensor, rgb: Tensor, mask: Tensor, max_depth: float = 10.0) -> Tensor:
     """What the discriminator sees of a picture and a depth map, true or predicted: (B, 4, H, W) in [-1, 1].
 
-    Depth (B, 1, H, W), metres from 0 to `max_depth`, and RGB (B, 3, H, W), from 0 to 1, are scaled to [-1, 1] and
-    set to 0 where `mask` (B, 1, H, W, bool) is False, in the true and the predicted pair alike: else the holes
-    would tell them apart.
+    Depth (B, 1, H, W), metres from 0 to `max_depth`, and RGB (B, 3, H, W), from 0 to 1, are scaled to [-1,
+    1] and set to 0 where `mask` (B, 1, H, W, bool) is False, in the true and the predicted pair alike: else
+    the holes would tell them apart.
     """
     seen = torch.cat([depth / (max_depth / 2) - 1, rgb * 2 - 1], dim=1)
     return torch.where(mask, seen, 0)
@@ -182,25 +182,16 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return ((_wide(real_logits) - 1) ** 2).mean() / 2 + (_wide(fake_logits) ** 2).mean() / 2
 
 
-def generator_loss(
-    fake_logits: Tensor,
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor | None = None,
-    lam: float = L1_WEIGHT,
-    variant: str = "paper",
-) -> Tensor:
-    r"""Least squares for G: $\frac12\mathbb{E}[(D(x, G(x)) - 1)^2] + \lambda \mathcal{L}_1$.
+def generator_loss(fake_logits: Tensor, variant: str = "paper") -> Tensor:
+    r"""Least squares for G: $\frac12\mathbb{E}[(D(x, G(x)) - 1)^2]$; its whole loss adds $\lambda \mathcal{L}_1$.
 
     Args:
-        fake_logits: $D(x, G(x))$, any shape.
-        pred: $G(x)$ and its `target` and `mask`, as in `l1_loss`.
-        lam: $\lambda$ per metre.
+        fake_logits: $D(x, G(x))$, any shape. The other term is `L1_WEIGHT` times `l1_loss` of the same
+            prediction.
         variant: "paper" for the equation above, "released" for the authors' code, which lacks its ½.
     """
     _check_variant(variant)
-    adversarial = ((_wide(fake_logits) - 1) ** 2).mean()
-    return adversarial / (2 if variant == "paper" else 1) + lam * l1_loss(pred, target, mask)
+    return ((_wide(fake_logits) - 1) ** 2).mean() / (2 if variant == "paper" else 1)
 
 
 VARIANTS: dict[str, dict[str, Callable[..., Tensor]]] = {
@@ -269,7 +260,7 @@ def _check(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """The values in float32, or float64 if given; a float16 tensor gets its gradient back within its range."""
+    """The values in float32, or float64 if given; a float16 tensor gets its gradient within its range."""
     if x.dtype == torch.float64:
         return x
     wide = x.float()
@@ -310,5 +301,5 @@ def _threshold(error: Tensor, c: float | None) -> Tensor:
 
 
 def _positive(c: Tensor) -> Tensor:
-    """Keep c from 0 as a divisor: if all errors are 0 the branch that divides is not taken, but its gradient is."""
+    """Keep c from 0 as a divisor: if every error is 0, the branch not taken must not make NaN gradients."""
     return c.clamp(min=torch.finfo(c.dtype).tiny)

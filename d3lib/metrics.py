@@ -1,0 +1,196 @@
+r"""Depth metrics, pooled over all pixels and per image, and the protocol that says which pixels count.
+
+With $y$ the true and $\hat y$ the predicted depth in metres, $e = \hat y - y$ and $d = \ln y - \ln \hat y$,
+means over valid pixels:
+
+| key | metric |
+|---|---|
+| rel | $\overline{|e| / y}$ |
+| sq_rel | $\overline{e^2 / y}$ (metres) |
+| log10 | $\overline{|\log_{10} y - \log_{10} \hat y|}$ |
+| rms | $\sqrt{\overline{e^2}}$ (metres) |
+| rmslog | $\sqrt{\overline{d^2}}$ |
+| silog | $100 \sqrt{\overline{d^2} - \overline{d}^2}$ |
+| d1, d2, d3 | share of pixels with $\max(y / \hat y, \hat y / y) < 1.25^k$, strictly |
+
+*Pooled* takes these means over all pixels of all images (Eigen, FCRN, the paper); *per image* takes them
+over each image, then averages over images (BTS, AdaBins, ZoeDepth). With equal counts rel, sq_rel, log10
+and d1-d3 agree, while pooled rms, rmslog and silog are the larger: report both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d3lib.errors import UserError
+
+KEYS = ("rel", "sq_rel", "log10", "rms", "rmslog", "silog", "d1", "d2", "d3")
+LOG_MIN = 1e-3  # metres; depths are clamped here in logarithms and ratios, as in the losses
+
+# Rows and columns of a 480x640 frame. "dorn" is 21:460, 25:616 when counted from 1 with both ends included.
+CROPS = {
+    "none": None,
+    "toolbox": (slice(44, 471), slice(40, 601)),  # 427x561, what the NYU toolbox keeps
+    "eigen_bts": (slice(45, 471), slice(41, 601)),  # 426x560, Eigen's as used by BTS: one short
+    "dorn": (slice(20, 460), slice(24, 616)),  # 440x592, DORN, DenseDepth
+}
+
+
+def image_sums(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""What every metric is made of: (B, 10) float64 sums over each image's valid pixels.
+
+    The columns are the number of valid pixels, then the sums of $|e|/y$, $e^2/y$, $|\log_{10}|$, $e^2$,
+    $d^2$, $d$ and of the three thresholds. Sums of sums are sums: rows may be added, stored, or drawn anew
+    (a bootstrap over scenes).
+
+    Args:
+        pred: predicted depth (B, 1, H, W) in metres, any floating type.
+        target: true depth, same shape.
+        mask: bool, same shape, True = valid. Pixels whose target is not positive and finite never count.
+
+    Raises:
+        ValueError: shapes differ, integer depths, or a mask that is not bool.
+    """
+    if pred.ndim < 2 or pred.shape != target.shape or (mask is not None and mask.shape != pred.shape):
+        shapes = [tuple(x.shape) for x in (pred, target, mask) if x is not None]
+        raise ValueError(f"pred, target and mask must have the same shape (B, 1, H, W), got {shapes}")
+    if not (pred.is_floating_point() and target.is_floating_point()):
+        raise ValueError(f"pred and target must be floating point, got {pred.dtype} and {target.dtype}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {mask.dtype}")
+    pred, target = (x.detach().flatten(1).double() for x in (pred, target))  # (B, HW)
+    valid = (target > 0) & target.isfinite()
+    if mask is not None:
+        valid &= mask.flatten(1)
+    # Invalid pixels hold 1 m in both: their terms are 0, though their ratio would pass every threshold.
+    y, y_hat = torch.where(valid, target, 1), torch.where(valid, pred, 1)
+    error = y_hat - y
+    log_y, log_y_hat = (x.clamp(min=LOG_MIN) for x in (y, y_hat))
+    ratio = torch.maximum(log_y / log_y_hat, log_y_hat / log_y)
+    d = log_y.log() - log_y_hat.log()
+    terms = [error.abs() / y, error**2 / y, d.abs() / math.log(10), error**2, d**2, d]
+    within = [(ratio < 1.25**k) & valid for k in (1, 2, 3)]
+    return torch.stack([x.sum(1, dtype=torch.float64) for x in (valid, *terms, *within)], dim=1)
+
+
+def summarise(sums: Tensor) -> dict[str, dict[str, float]]:
+    """Metrics of images from their `image_sums` (images, 10): {"pooled": {...}, "per_image": {...}}.
+
+    Images without a valid pixel are skipped; without any image every value is NaN.
+    """
+    sums = sums[sums[:, 0] > 0]
+    pooled, per_image = _finish(sums.sum(0)), _finish(sums).mean(0)
+    return {
+        "pooled": dict(zip(KEYS, pooled.tolist(), strict=True)),
+        "per_image": dict(zip(KEYS, per_image.tolist(), strict=True)),
+    }
+
+
+def _finish(sums: Tensor) -> Tensor:
+    """(..., 10) sums -> (..., 9) metrics in the order of KEYS."""
+    rel, sq_rel, log10, square, log_square, log, *within = (sums[..., 1:] / sums[..., :1]).unbind(-1)
+    silog = 100 * (log_square - log**2).clamp(min=0).sqrt()  # rounding may leave a variance of 0 below it
+    return torch.stack([rel, sq_rel, log10, square.sqrt(), log_square.sqrt(), silog, *within], dim=-1)
+
+
+class DepthMetrics:
+    """Accumulates metrics over batches, on any device, in float64, without waiting for the device.
+
+    It keeps ten numbers an image (`sums`); `compute` gives NaN for everything while no image has had a
+    valid pixel.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every image."""
+        self._rows: list[Tensor] = []
+
+    def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
+        """Add a batch; arguments and errors as in `image_sums`."""
+        self._rows.append(image_sums(pred, target, mask))
+
+    def merge(self, other: DepthMetrics) -> None:
+        """Add the images another one has seen, after this one's own."""
+        self._rows.extend(other._rows)
+
+    @property
+    def sums(self) -> Tensor:
+        """(images, 10) float64 on the CPU: `image_sums` of every image so far, in order."""
+        return torch.cat([torch.zeros(0, 10, dtype=torch.float64), *(row.cpu() for row in self._rows)])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images and pixels counted, and how many images had no valid pixel and were skipped."""
+        pixels = self.sums[:, 0]
+        seen = int((pixels > 0).sum())
+        return {"images": seen, "skipped": len(pixels) - seen, "pixels": int(pixels.sum())}
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """{"pooled": {...}, "per_image": {...}}, each with the keys of KEYS."""
+        return summarise(self.sums)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which pixels count, at which size, and what a prediction is clamped to.
+
+    Attributes:
+        crop: none, toolbox, eigen_bts or dorn; the last three are regions of a 480x640 frame and need
+            targets of it.
+        min_depth: metres; nearer targets do not count, and predictions are clamped here.
+        max_depth: metres; the same for farther ones. Both bounds are exclusive for targets, as in BTS and
+            AdaBins.
+        size: "target" brings the prediction to the target's size (bilinear), "network" the target to the
+            prediction's (nearest).
+    """
+
+    crop: str = "none"
+    min_depth: float = 1e-3
+    max_depth: float = 10.0
+    size: str = "target"
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise UserError(f"unknown crop {self.crop!r}; choose from {', '.join(CROPS)}")
+        if self.size not in ("target", "network"):
+            raise UserError(f"unknown evaluation size {self.size!r}; choose from target, network")
+        if not 0 < self.min_depth < self.max_depth:
+            raise UserError(f"depth range {self.min_depth}..{self.max_depth} m: need 0 < min_depth < max_depth")
+
+    def apply(self, pred: Tensor, target: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Give pred, target and mask as `DepthMetrics.update` takes them.
+
+        Args:
+            pred: (B, 1, h, w) metres, as the network gives it.
+            target: (B, 1, H, W) metres.
+            valid: (B, 1, H, W) bool; None: all.
+
+        Raises:
+            UserError: a crop for targets that are not 480x640.
+        """
+        valid = torch.ones_like(target, dtype=torch.bool) if valid is None else valid
+        pred = pred if pred.dtype == torch.float64 else pred.float()
+        if self.size == "network" and pred.shape[-2:] != target.shape[-2:]:
+            target, valid = (
+                F.interpolate(x.to(target.dtype), size=pred.shape[-2:], mode="nearest-exact") for x in (target, valid)
+            )
+            valid = valid > 0
+        elif pred.shape[-2:] != target.shape[-2:]:
+            pred = F.interpolate(pred, size=target.shape[-2:], mode="bilinear", align_corners=False)
+        if (region := CROPS[self.crop]) is not None:
+            if tuple(target.shape[-2:]) != (480, 640):
+                size = "x".join(str(n) for n in target.shape[-2:])
+                raise UserError(
+                    f"crop {self.crop!r} is a region of 480x640 frames, but these are {size}; "
+                    'evaluate at the original size or use crop="none"'
+                )
+            pred, target, valid = (x[..., region[0], region[1]] for x in (pred, target, valid))
+        mask = valid & (target > self.min_depth) & (target < self.max_depth)
+        return pred.clamp(self.min_depth, self.max_depth), target, mask
