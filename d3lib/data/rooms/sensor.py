@@ -1,0 +1,98 @@
+"""The cameras: develops linear light into an sRGB picture, and sees exact depth as a Kinect would.
+
+The two share nothing but the scene: no hole of the depth map leaves a trace in the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .render import FX, intrinsics
+from .scene import Camera
+from .textures import bell, hash2, unit, value_noise
+
+PROJECTOR, IR_CAMERA = 0.050, -0.025  # metres to the right of the RGB camera; 7.5 cm apart (NYU's calibration)
+SHIFT, SCALE = 1092.5, 351.3  # z = SCALE / (SHIFT - d), d the raw 11-bit disparity
+LOWEST = 600  # smaller disparities (0.71 m) are dropped, as NYU's toolbox does
+WEAKEST = 0.013  # a return cos(angle) / z² (1/m²) below this is lost
+
+
+def _grid(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    y, x = torch.meshgrid(*[torch.arange(n, device=device, dtype=torch.int32) for n in size], indexing="ij")
+    return x, y
+
+
+def _per_frame(values: Sequence[object], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, K) numbers as (B, K, 1, 1)."""
+    return torch.as_tensor(np.array(values), dtype=dtype).to(device).reshape(len(values), -1, 1, 1)
+
+
+def develop(linear: Tensor, cameras: Sequence[Camera]) -> Tensor:
+    """Expose, vignette, add noise and encode: linear (B, 3, H, W) to sRGB uint8 (B, 3, H, W).
+
+    Exposure brings the mean signal to each camera's aim, as a camera's own metering does; the mean is taken over
+    integers, so that it does not depend on the order of summation.
+    """
+    size, device = (linear.shape[2], linear.shape[3]), linear.device
+    grey = (linear[:, 0] + 2 * linear[:, 1] + linear[:, 2]) * 0.25
+    metered = (grey.clamp(max=4.0) * 2**12).round().to(torch.int64).sum((1, 2)).double() / (2**12 * size[0] * size[1])
+    aim = torch.tensor([c.exposure for c in cameras], dtype=torch.float64).to(device)
+    gain = (aim / metered.clamp(min=1e-4)).float().reshape(-1, 1, 1, 1)
+    x, y = _grid(size, device)
+    rx, ry = (x.float() + 0.5) / size[1] - 0.5, (y.float() + 0.5) / size[0] - 0.5
+    fall = 1 / (1 + _per_frame([c.vignette for c in cameras], device) * 2 * (rx * rx + ry * ry))
+    signal = linear * gain * _per_frame([c.balance for c in cameras], device) * (fall * fall)
+    seed = _per_frame([c.seed for c in cameras], device, torch.int32)
+    channel = torch.arange(3, device=device, dtype=torch.int32).reshape(1, 3, 1, 1)
+    noise = bell(hash2(x, y, seed + channel * 7919)) * _per_frame([c.noise for c in cameras], device)
+    signal = signal + noise * (signal.clamp(0, 1) + 0.02).sqrt()
+    signal = torch.where(signal > 0.8, 0.8 + 0.2 * (1 - 0.2 / (signal - 0.6).clamp(min=0.2)), signal)  # soft shoulder
+    code = (np.arange(255) + 0.5) / 255  # the linear value at which each sRGB code begins
+    begins = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
+    return torch.bucketize(signal, torch.as_tensor(begins, dtype=torch.float32).to(device)).to(torch.uint8)
+
+
+def _hidden(exact: Tensor, offset: float, fx: float) -> Tensor:
+    """Whether a pixel is out of sight of a device `offset` metres to the right of the camera, by its scanline.
+
+    Seen from there a pixel of depth z stands fx offset / z pixels to the left; it is hidden where something clearly
+    nearer, on the offset's side, lands on the same spot.
+    """
+    width = exact.shape[-1]
+    shift = fx * offset / exact
+    side = 1 if offset > 0 else -1
+    hidden = torch.zeros_like(exact, dtype=torch.bool)
+    for k in range(1, min(width - 1, math.ceil(fx * abs(offset) / 0.4)) + 1):
+        me, other = (slice(0, width - k), slice(k, width))[::side]
+        lands = side * k - shift[..., other] + shift[..., me]
+        hidden[..., me] |= (lands.abs() < 0.75) & (exact[..., other] < exact[..., me] * 0.97 - 0.02)
+    return hidden
+
+
+def kinect(exact: Tensor, cosine: Tensor, cameras: Sequence[Camera]) -> tuple[Tensor, Tensor]:
+    """Depth (B, 1, H, W) metres, 0 where nothing was measured, and its valid mask, from exact depth and viewing angle.
+
+    Disparity with noise of a third of a level is rounded to whole levels. Lost are pixels that projector or infrared
+    camera cannot see, weak returns (far or grazing surfaces, in blotches), ragged edges, and what is nearer than 0.71 m.
+    """
+    size, device = (exact.shape[2], exact.shape[3]), exact.device
+    fx = intrinsics(size)[0]
+    x, y = _grid(size, device)
+    seed = _per_frame([c.seed ^ 0x5BD1E995 & 0x7FFFFFFF for c in cameras], device, torch.int32)
+    random = hash2(x, y, seed)
+    level = (SHIFT - SCALE / exact + bell(random) * 0.33).round()
+    blotch = value_noise(x.float() * (FX / fx / 14), y.float() * (FX / fx / 14), seed + 1)
+    weak = cosine / (exact * exact) < WEAKEST * (0.55 + 0.6 * blotch + 0.5 * unit(random, 12))
+    edge = torch.zeros_like(weak)
+    jump = (exact[..., 1:] - exact[..., :-1]).abs() > 0.06 * exact[..., 1:]
+    edge[..., 1:] |= jump
+    edge[..., :-1] |= jump
+    ragged = edge & (unit(random, 4) < 0.35)
+    hidden = _hidden(exact, PROJECTOR, fx) | _hidden(exact, IR_CAMERA, fx)
+    valid = (level >= LOWEST) & (level < SHIFT - SCALE / 10) & ~weak & ~ragged & ~hidden
+    return torch.where(valid, SCALE / (SHIFT - level), 0.0), valid
