@@ -30,7 +30,8 @@ from d3lib.artefacts import (
 )
 from d3lib.baselines import BASELINES, fit_baseline
 from d3lib.data.loader import eval_batches, train_batches
-from d3lib.data.prepare import RoomsStore
+from d3lib.data.prepare import FolderStore, RoomsStore
+from d3lib.data.shards import Store
 from d3lib.errors import UserError
 from d3lib.evaluation import as_predictor, evaluate
 from d3lib.experiments import BUDGETS, Run
@@ -50,16 +51,15 @@ class Sources:
     """The data of one run: sets by name, how many frames of each to use, and the depth that results count against."""
 
     sets: Mapping[str, Dataset]  # train, val, test, and for rooms unseen
-    frames: Mapping[str, int]
+    frames: Mapping[str, range]  # which frames of each set
     target: str  # "exact" where the true depth is known, else "depth"
     digest: str
     description: str
 
     def batches(self, name: str, run: Run, device: str, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
         """Evaluation batches of the named set, in order, at the run's size; at most `limit` frames."""
-        frames = self.frames[name] if limit is None else min(limit, self.frames[name])
         size = (run.height, run.width)
-        return eval_batches(self.sets[name], frames=frames, batch_size=16, size=size, device=device)
+        return eval_batches(self.sets[name], frames=self.frames[name][:limit], batch_size=16, size=size, device=device)
 
 
 def stores_of(run: Run, data_root: Path) -> dict[str, RoomsStore]:
@@ -82,18 +82,47 @@ def stores_of(run: Run, data_root: Path) -> dict[str, RoomsStore]:
 def open_sources(run: Run, data_root: Path, progress: Progress | None = None) -> Sources:
     """Open (and for rooms, render if missing) the data of a run. Raises `UserError` where it is not to be had."""
     if run.data == "rooms":
+        budget = BUDGETS[run.budget]
         stores = {name: store.open(progress) for name, store in stores_of(run, data_root).items()}
-        frames = {name: len(store) for name, store in stores.items()}
-        frames["train"] = BUDGETS[run.budget].frames(run.train_set)
-        digest = digest_of(store.digest for store in stores.values())
-        text = f"synthetic rooms, {frames['train']} frames of {BUDGETS[run.budget].train_scenes} scenes"
-        return Sources(stores, frames, "exact", digest, text)
+        frames = {name: range(len(store)) for name, store in stores.items()}
+        frames["train"] = range(budget.frames(run.train_set))
+        text = f"synthetic rooms, {len(frames['train'])} frames of {budget.train_scenes} scenes"
+        return Sources(stores, frames, "exact", _digest_of(stores), text)
     if run.data == "nyu":
         raise UserError(
-            f"{data_root / 'nyu'}: NYU Depth V2 is not prepared there; use --data rooms, or --data folder:PATH"
+            f"{data_root / 'nyu'}: NYU Depth V2 is not prepared there; use --data rooms or --data folder:PATH"
         )
-    root = Path(run.data.removeprefix("folder:"))
-    return _folder_sources(run, root)
+    return _folder_sources(run, data_root, progress)
+
+
+def _folder_sources(run: Run, data_root: Path, progress: Progress | None) -> Sources:
+    """A folder's sets. The last tenth of the training pairs, by time or name, is the validation set.
+
+    The test set is the folder's own test split, or with `hold_out` the last pairs of its training split.
+    """
+    pictures = Path(run.data.removeprefix("folder:"))
+
+    def store(split: str) -> Store:
+        return FolderStore(data_root, pictures, split, run.height, run.width).open(progress)
+
+    pairs = store("train")
+    test = pairs if run.hold_out else store("test")
+    remaining = len(pairs) - run.hold_out
+    fitted = remaining - max(1, remaining // 10)
+    if fitted < 1:
+        raise UserError(f"{pictures}: {len(pairs)} pairs are too few to hold {run.hold_out} out; lower --hold-out")
+    frames = {
+        "train": range(fitted),
+        "val": range(fitted, remaining),
+        "test": range(remaining, len(pairs)) if run.hold_out else range(len(test)),
+    }
+    text = f"{fitted} RGB-D pairs of the folder {pictures.name}"
+    sets = {"train": pairs, "val": pairs, "test": test}
+    return Sources(sets, frames, "depth", _digest_of(sets), text)
+
+
+def _digest_of(stores: Mapping[str, Store]) -> str:
+    return digest_json({name: store.digest for name, store in stores.items()})
 
 
 def execute(
@@ -137,7 +166,7 @@ def _train_and_score(
     started = time.perf_counter()
     precision = pick_precision(run.precision, device)
     net = build_network(run).to(device, memory_format=torch.channels_last)
-    adversary = PatchDiscriminator(seed=run.seed).to(device) if run.loss == "gan" else None
+    adversary = PatchDiscriminator(ndf=run.ndf, seed=run.seed).to(device) if run.loss == "gan" else None
 
     def scores(name: str, network: nn.Module, limit: int | None = None) -> dict[str, Any]:
         targets = ("exact", "depth") if sources.target == "exact" else ("depth",)
@@ -196,7 +225,7 @@ def _train_and_score(
             "digest": sources.digest,
             "description": sources.description,
             "target": sources.target,
-            "train_frames": sources.frames["train"],
+            "train_frames": len(sources.frames["train"]),
         },
         "weights_digest": digest_tensors(trace.best_weights),
         "provenance": provenance.collect(*provenance.TRAINING_CODE, device=device)

@@ -48,6 +48,7 @@ class Run:
     beta1: float = _doc(0.5, "Adam's first-moment decay")
     beta2: float = _doc(0.999, "Adam's second-moment decay")
     lam: float = _doc(20.0, "gan: weight of the L1 term, per metre")
+    ndf: int = _doc(64, "gan: channels of the discriminator's first layer (smoke: a thin one)")
     precision: str = _doc("auto", "float32, bf16, fp16, or auto: the best the device has natively")
     evaluations: int = _doc(20, "points on the learning curve")
 
@@ -71,7 +72,7 @@ class Run:
         for name in ("height", "width"):
             if not 32 <= getattr(self, name) <= 4096:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie between 32 and 4096 pixels")
-        for name in ("steps", "batch_size", "evaluations", "learning_rate", "max_depth"):
+        for name in ("steps", "batch_size", "evaluations", "ndf", "learning_rate", "max_depth"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("seed", "hold_out", "lam"):
@@ -112,6 +113,7 @@ class Budget:
     encoder: str  # the main network's encoder
     height: int  # pixels
     width: int  # pixels
+    ndf: int  # channels of the discriminator's first layer; the paper's is 64
     steps: int  # optimiser steps of one run
     encoder_steps: int  # optimiser steps of the runs that compare encoders
     train_scenes: int  # rooms: how many of the 249 training scenes
@@ -135,6 +137,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             encoder="tiny",
             height=96,
             width=128,
+            ndf=16,
             steps=240,
             encoder_steps=4,
             train_scenes=83,
@@ -151,6 +154,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             encoder="densenet121",
             height=256,
             width=320,
+            ndf=64,
             steps=12000,
             encoder_steps=12000,
             train_scenes=249,
@@ -167,6 +171,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             encoder="densenet121",
             height=256,
             width=320,
+            ndf=64,
             steps=4000,
             encoder_steps=4000,
             train_scenes=249,
@@ -183,6 +188,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             encoder="densenet121",
             height=256,
             width=320,
+            ndf=64,
             steps=350000,
             encoder_steps=350000,
             train_scenes=249,
@@ -210,7 +216,9 @@ def make_run(budget: str, **fields: Any) -> Run:
     for name in fields:
         if name not in names:
             raise UserError(f"a run has no parameter {name!r}; it has {', '.join(names)}")
-    numbers = {name: getattr(row, name) for name in ("encoder", "height", "width", "steps", "evaluations", "data")}
+    numbers = {
+        name: getattr(row, name) for name in ("encoder", "height", "width", "ndf", "steps", "evaluations", "data")
+    }
     given = {name: value for name, value in fields.items() if value is not None}
     return Run(**{**numbers, **given, "budget": budget})
 

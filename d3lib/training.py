@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from d3lib.artefacts import atomic_path
 from d3lib.errors import UserError
 from d3lib.losses import discriminator_input, discriminator_loss, generator_loss
-from d3lib.models import PatchDiscriminator
+from d3lib.models import D3Net, PatchDiscriminator
 
 Batch = Mapping[str, Tensor]
 Cast = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -66,17 +66,19 @@ class Adversary:
     for making D answer 1. Both see depth times the valid mask, or holes would give the answer away.
     """
 
-    def __init__(self, discriminator: PatchDiscriminator, variant: str, adam: Mapping[str, Any]) -> None:
+    def __init__(
+        self, discriminator: PatchDiscriminator, variant: str, max_depth: float, adam: Mapping[str, Any]
+    ) -> None:
         self.net = discriminator
         self.variant = variant
+        self.max_depth = max_depth
         self.optimiser = torch.optim.Adam(discriminator.parameters(), **adam)
 
     def learn(self, pred: Tensor, batch: Batch, cast: Cast, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
         """One step of D on real and fake depth (B, 1, H, W); returns mean D(real) and D(fake)."""
         self.net.requires_grad_(True)
         with cast():
-            real = self.net(discriminator_input(batch["depth"], batch["rgb"], batch["valid"]))
-            fake = self.net(discriminator_input(pred.detach(), batch["rgb"], batch["valid"]))
+            real, fake = self._judge(batch["depth"], batch), self._judge(pred.detach(), batch)
             loss = discriminator_loss(real, fake)
         self.optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -86,7 +88,11 @@ class Adversary:
     def penalty(self, pred: Tensor, batch: Batch) -> Tensor:
         """What the depth network pays while D still tells its maps from true ones: a scalar with gradient to `pred`."""
         self.net.requires_grad_(False)  # this pass is for the depth network; D's own gradients are not wanted
-        return generator_loss(self.net(discriminator_input(pred, batch["rgb"], batch["valid"])), variant=self.variant)
+        return generator_loss(self._judge(pred, batch), variant=self.variant)
+
+    def _judge(self, depth: Tensor, batch: Batch) -> Tensor:
+        """D(image, depth): one logit per patch."""
+        return self.net(discriminator_input(depth, batch["rgb"], batch["valid"], self.max_depth))
 
 
 @dataclass
@@ -109,7 +115,7 @@ class Trace:
 
 
 def fit(
-    net: nn.Module,
+    net: D3Net,
     pixel_loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     batches: Callable[[int], Iterator[Batch]],
     *,
@@ -147,7 +153,7 @@ def fit(
     """
     adam = {"lr": learning_rate, "betas": betas, "fused": device.startswith("cuda")}
     optimiser = torch.optim.Adam(net.parameters(), **adam)
-    opponent = None if adversary is None else Adversary(adversary, variant, adam)
+    opponent = None if adversary is None else Adversary(adversary, variant, net.max_depth, adam)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision == "fp16")
     trace, start = Trace(), 0
     if checkpoint is not None and checkpoint.exists():

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from d3lib.artefacts import digest_json
 from d3lib.data import rooms, shards
+from d3lib.data.folder import FolderRGBD
 from d3lib.provenance import code_digest
 
 RENDER_BATCH = 16  # frames rendered at once; more is no faster on a CPU and costs memory
@@ -76,3 +78,38 @@ class RoomsStore:
             if progress is not None and (i // RENDER_BATCH % 10 == 9 or done == len(frames)):
                 rate = done / (time.perf_counter() - start)
                 progress(f"{self.folder.name}: {done}/{len(frames)} frames, {rate:.1f} frames/s")
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """Your own pictures, decoded and resized once: the pairs of one split of a folder, in order of time or name."""
+
+    root: Path  # folder of all prepared data
+    pictures: Path  # holds rgb/<split>/ and depth/<split>/
+    split: str
+    height: int  # pixels
+    width: int  # pixels
+
+    @property
+    def folder(self) -> Path:
+        """Where the store lies."""
+        where = digest_json(str(self.pictures.resolve()))[:8]
+        return self.root / f"folder-{self.pictures.name}-{where}-{self.split}-{self.height}x{self.width}"
+
+    def open(self, progress: Callable[[str], None] | None = None) -> shards.Store:
+        """The store, made first if it is missing or a picture has changed. Raises `UserError` for unfit pictures."""
+        pairs = FolderRGBD(self.pictures, self.split, size=(self.height, self.width))
+        store = _open_if_from(self.folder, pairs.source)
+        if store is not None:
+            return store
+        if progress is not None:
+            progress(f"{self.pictures}: {pairs.report}")
+        return pairs.to_store(self.folder)
+
+
+def _open_if_from(folder: Path, source: Mapping[str, Any]) -> shards.Store | None:
+    """The store in `folder` if there is one and it was made from `source`."""
+    if not (folder / "store.json").is_file():
+        return None
+    store = shards.open_store(folder, in_memory=True)
+    return store if store.source == source else None

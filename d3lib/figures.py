@@ -1,0 +1,174 @@
+"""Drawing: the book's figures, from records and arrays; nothing is trained or measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from d3lib.experiments import LOSSES, TRAIN_SETS
+from d3lib.losses import LABELS
+from d3lib.results import PaperNumber, score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DEPTH_COLOURS = "viridis_r"  # one map for depth throughout: near is bright, far is dark; safe for colour-blind readers
+ERROR_COLOURS = "magma"
+# Okabe and Ito's colours, with a marker each so that a loss is known without its colour
+STYLES = {
+    "l1": ("#0072B2", "o", "-"),
+    "l2": ("#D55E00", "s", "-"),
+    "eigen": ("#009E73", "^", "-"),
+    "eigengrad": ("#56B4E9", "v", "--"),
+    "berhu": ("#CC79A7", "D", "--"),
+    "huber": ("#8C6D00", "P", ":"),
+    "gan": ("#000000", "X", "-"),
+}
+METRICS = {"rms": "RMSE (m)", "d1": "δ < 1.25", "rel": "abs rel"}
+BASELINE_GREY = "#6b6b6b"
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults for the book: legible on a phone, white behind the axes in dark mode too."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 160,
+            "figure.facecolor": "white",
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "image.interpolation": "nearest",
+            "legend.frameon": False,
+        }
+    )
+
+
+def show_depth(axes: Axes, depth: np.ndarray, valid: np.ndarray | None = None, near: float = 0, far: float = 10) -> Any:
+    """Draw a depth map (H, W) in metres with the book's colours; where not `valid` it is left grey."""
+    shown = np.ma.masked_array(depth, None if valid is None else ~valid)
+    axes.set_facecolor("#b0b0b0")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    return axes.imshow(shown, cmap=DEPTH_COLOURS, vmin=near, vmax=far)
+
+
+def prediction_grid(
+    rgb: np.ndarray, truth: np.ndarray, preds: Mapping[str, np.ndarray], valid: np.ndarray | None = None
+) -> Figure:
+    """Pictures in rows: RGB, true depth, each prediction and its absolute error, with bars in metres.
+
+    Args:
+        rgb: uint8 (n, 3, H, W).
+        truth: metres (n, 1, H, W).
+        preds: metres (n, 1, H, W) by title.
+        valid: bool (n, 1, H, W); elsewhere there is no truth to compare with.
+    """
+    import matplotlib.pyplot as plt
+
+    rows, columns = len(rgb), 2 + 2 * len(preds)
+    aspect = rgb.shape[2] / rgb.shape[3]
+    size = (2.3 * columns, 2.3 * aspect * rows + 1.1)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    known = truth > 0 if valid is None else valid
+    far = float(np.percentile(truth[known], 99))
+    error_far = max(float(np.percentile(np.abs(p - truth)[known], 98)) for p in preds.values())
+    for row, line in enumerate(axes):
+        line[0].imshow(rgb[row].transpose(1, 2, 0))
+        depth = show_depth(line[1], truth[row, 0], known[row, 0], far=far)
+        for i, pred in enumerate(preds.values()):
+            show_depth(line[2 + 2 * i], pred[row, 0], far=far)
+            wrong = np.ma.masked_array(np.abs(pred - truth)[row, 0], ~known[row, 0])
+            error = line[3 + 2 * i].imshow(wrong, cmap=ERROR_COLOURS, vmin=0, vmax=error_far)
+        for ax in line:
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+    titles = ["picture", "true depth", *(text for name in preds for text in (name, "|error|"))]
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title)
+    figure.colorbar(depth, ax=axes[:, 1].tolist(), location="bottom", label="depth (m)", shrink=0.9, aspect=12)
+    figure.colorbar(error, ax=axes[:, -1].tolist(), location="bottom", label="|error| (m)", shrink=0.9, aspect=12)
+    return figure
+
+
+def learning_curve(record: Mapping[str, Any]) -> Figure:
+    """One run while it trains: training loss, and validation and test RMSE, over images seen."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    curve = record["curve"]
+    images = [point["images"] for point in curve]
+    colour, marker, line = STYLES[record["run"]["loss"]]
+    left.plot(images, [point["loss"] for point in curve], line, color=colour, marker=marker)
+    left.set(xlabel="images seen", ylabel="training loss", title=LABELS[record["run"]["loss"]])
+    right.plot(images, [point["val_rms"] for point in curve], "--", color=BASELINE_GREY, marker=".", label="validation")
+    right.plot(images, [point["test_rms"] for point in curve], line, color=colour, marker=marker, label="test")
+    right.axvline(record["chosen_step"] * record["run"]["batch_size"], color=BASELINE_GREY, lw=0.8)
+    right.set(xlabel="images seen", ylabel="RMSE (m)", title="pooled error; line: weights chosen")
+    right.legend()
+    return figure
+
+
+def figure2(
+    records: Iterable[Mapping[str, Any]],
+    paper: Iterable[PaperNumber],
+    baselines: Mapping[str, Mapping[str, Any]] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> Figure:
+    """Figure 2's form: RMSE and δ < 1.25 against training-set size, one line a loss; the paper left, ours right.
+
+    Args:
+        records: runs of the main grid; seeds of one cell are averaged, with their range as a bar.
+        paper: the paper's numbers; those of "fig2" are drawn.
+        baselines: scores by training set, drawn as grey lines in our panels.
+        sizes: how many frames our sets have, for their axis.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained", sharey=False)
+    records, paper = list(records), list(paper)
+    for row, metric in zip(axes, ("rms", "d1"), strict=True):
+        for loss in LOSSES:
+            colour, marker, line = STYLES[loss]
+            style = {"color": colour, "marker": marker, "ls": line, "label": LABELS[loss]}
+            printed = {n.train_set: n.value for n in paper if (n.item, n.method, n.metric) == ("fig2", loss, metric)}
+            row[0].plot(TRAIN_SETS, [printed[size] for size in TRAIN_SETS], **style)
+            ours = {size: _values(records, loss, size, metric) for size in TRAIN_SETS}
+            shown = [size for size in TRAIN_SETS if ours[size]]
+            means = [float(np.mean(ours[size])) for size in shown]
+            bars = [[m - min(ours[s]) for s, m in zip(shown, means, strict=True)]]
+            bars += [[max(ours[s]) - m for s, m in zip(shown, means, strict=True)]]
+            row[1].errorbar([TRAIN_SETS.index(size) for size in shown], means, bars, capsize=3, **style)
+        for name, (text, line) in {"mean_map": ("mean map", "--"), "constant": ("constant", ":")}.items():
+            heights = [_baseline(baselines, size, name, metric) for size in TRAIN_SETS]
+            if None not in heights:
+                row[1].plot(range(3), heights, ls=line, color=BASELINE_GREY, label=text)
+        for ax in row:
+            ax.set(ylabel=METRICS[metric], xlabel="training images")
+        row[1].set_xticks(range(3), [f"{size}" if sizes is None else f"{sizes[size]}\n({size})" for size in TRAIN_SETS])
+    axes[0, 0].set_title("paper (NYU Depth V2)")
+    axes[0, 1].set_title("ours")
+    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def _values(records: Sequence[Mapping[str, Any]], loss: str, size: str, metric: str) -> list[float]:
+    """One number per seed of a cell of the main grid."""
+    cell = [
+        r for r in records if (r["run"]["loss"], r["run"]["train_set"], r["run"]["variant"]) == (loss, size, "paper")
+    ]
+    found = [score(record, metric) for record in cell]
+    return [value for value in found if value is not None]
+
+
+def _baseline(baselines: Mapping[str, Any] | None, size: str, name: str, metric: str) -> float | None:
+    scores = (baselines or {}).get(size)
+    return None if scores is None else scores["scores"][name]["test"][scores["target"]]["pooled"][metric]
