@@ -1,0 +1,116 @@
+"""Sphinx extension of this book: a cache that notices edits, maths without a network, Colab links, exercises."""
+
+import hashlib
+import importlib.util
+import shutil
+import time
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.fileutil import copy_asset
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHES = ROOT / "runs" / "cache" / "jupyter"
+UNUSED_S = 24 * 3600  # caches of other digests go after a day: another build may be reading one now
+
+
+def inputs(root: Path = ROOT) -> list[Path]:
+    """The files besides the page itself that a page's outputs depend on: the library, the pins, the records."""
+    library = (path for path in (root / "d3lib").rglob("*") if "__pycache__" not in path.parts)
+    committed = (root / "book" / "records").rglob("*")
+    made_here = (root / "runs").glob("*/**/record.json")
+    paths = {root / "constraints.txt", *library, *committed, *made_here}
+    return sorted(path for path in paths if path.is_file() and CACHES not in path.parents)
+
+
+def digest(root: Path = ROOT) -> str:
+    """First 16 hexadecimal digits of a SHA-256 over the names and contents of `inputs`."""
+    total = hashlib.sha256()
+    for path in inputs(root):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def choose_cache(app: Sphinx, config) -> None:
+    """Executed pages are kept per digest, so that an edit of the library or a new record executes them again."""
+    current = CACHES / digest()
+    current.mkdir(parents=True, exist_ok=True)
+    current.touch()
+    for cache in CACHES.iterdir():
+        if cache.stat().st_mtime < time.time() - UNUSED_S:
+            shutil.rmtree(cache, ignore_errors=True)
+    config.nb_execution_cache_path = str(current)
+
+
+def use_local_mathjax(app: Sphinx, config) -> None:
+    config.mathjax_path = "mathjax/tex-chtml.js"
+    # The menu offers parts that are not copied (speech, other renderers).
+    config.mathjax3_config = {**(config.mathjax3_config or {}), "options": {"enableMenu": False}}
+
+
+def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
+    """Copy from the installed MathJax the 2 MB that pages use (the package's own extension copies 24 MB)."""
+    if error or app.builder.format != "html":
+        return
+    package = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent
+    source, target = package / "static" / "mathjax", Path(app.outdir) / "_static" / "mathjax"
+    for part in ["tex-chtml.js", "output/chtml", "input/tex/extensions"]:
+        copy_asset(str(source / part), str((target / part) if "." not in part else target))
+
+
+def repository(config) -> str:
+    return config.html_theme_options.get("repository_url", "").rstrip("/")
+
+
+def show_repository(app: Sphinx, config) -> None:
+    """The repository's buttons appear once `_config.yml` gives its address."""
+    for button in ("use_repository_button", "use_edit_page_button", "use_issues_button"):
+        config.html_theme_options[button] = bool(repository(config))
+
+
+def add_colab_button(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
+    """Link each page that has a Colab notebook to it; the theme's own button would lead to the page's `.md`."""
+    notebook = Path("book") / "colab" / f"{pagename}.ipynb"
+    address = repository(app.config)
+    if not address.startswith("https://github.com/") or not (ROOT / notebook).is_file():
+        return
+    branch = app.config.html_theme_options["repository_branch"]
+    path = address.removeprefix("https://github.com/")
+    button = {
+        "type": "link",
+        "url": f"https://colab.research.google.com/github/{path}/blob/{branch}/{notebook.as_posix()}",
+        "tooltip": "Open in Colab",
+        "icon": "_static/images/logo_colab.png",
+        "text": "Colab",
+        "label": "colab",
+    }
+    context["header_buttons"].insert(0, button)
+
+
+class Exercise(SphinxDirective):
+    """`:::{exercise} Title`, numbered within the page; a `{dropdown}` or a cell tagged `solution` follows."""
+
+    has_content = True
+    optional_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self):
+        number = self.env.temp_data["exercises"] = self.env.temp_data.get("exercises", 0) + 1
+        title = f"Exercise {number}" + (f": {self.arguments[0]}" if self.arguments else "")
+        box = nodes.admonition(classes=["exercise"])
+        children, messages = self.state.inline_text(title, self.lineno)
+        box += nodes.title(title, "", *children)
+        self.state.nested_parse(self.content, self.content_offset, box)
+        return [box, *messages]
+
+
+def setup(app: Sphinx) -> dict:
+    app.add_directive("exercise", Exercise)
+    for listener in (choose_cache, use_local_mathjax, show_repository):
+        app.connect("config-inited", listener)
+    app.connect("html-page-context", add_colab_button, priority=600)  # after the theme has made its buttons
+    app.connect("build-finished", copy_mathjax)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
