@@ -167,10 +167,17 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from d3lib.artefacts import load_weights
     from d3lib.execution import score_weights
     from d3lib.results import text_table
 
-    print(text_table(score_weights(options.weights, _run_of(options), options.out / "data", device=options.device)))
+    made = load_weights(options.weights)[1]
+    for name in ("height", "width"):  # evaluate at the size the network was trained at, unless told otherwise
+        if getattr(options, name) is None and name in made:
+            setattr(options, name, int(made[name]))
+    run = _run_of(options)
+    out = options.out / run.budget
+    print(text_table(score_weights(options.weights, run, options.out / "data", out, device=options.device)))
 
 
 def _predict(options: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ from d3lib.data.loader import eval_batches, train_batches
 from d3lib.data.prepare import FolderStore, RoomsStore
 from d3lib.data.shards import Store
 from d3lib.errors import UserError
-from d3lib.evaluation import as_predictor, evaluate
+from d3lib.evaluation import as_predictor, evaluate, load_network
 from d3lib.experiments import BUDGETS, Run
 from d3lib.losses import build_loss
 from d3lib.models import D3Net, PatchDiscriminator
@@ -409,6 +409,28 @@ def score_baselines(
     }
     write_json(path, content, format="d3lib-baselines", version=1)
     return content
+
+
+def score_weights(weights: Path, run: Run, data_root: Path, out: Path, *, device: str = "auto") -> list[list[str]]:
+    """A weights file's errors on a run's data, beside the baselines fitted to that data's training set.
+
+    Returns a table as rows of text, the head first. Raises `UserError` for unfit weights or data.
+    """
+    device = pick_device(device)
+    net, _ = load_network(weights, device)
+    sources = open_sources(run, data_root)
+    parts = [name for name in sources.sets if name not in ("train", "val")]
+    ours = {name: evaluate(as_predictor(net, device), sources.batches(name, run, device)) for name in parts}
+    found = {weights.name: ours, **score_baselines(run, out, data_root, device=device)["scores"]}
+    columns = {"rms": "RMSE (m)", "rel": "abs rel", "log10": "log10", "d1": "d1", "d2": "d2", "d3": "d3"}
+    rows = [["predictor", "set", "images", *columns.values(), "RMSE per image (m)"]]
+    for name, scores in found.items():
+        for part, score in scores.items():
+            values = [score["depth"]["pooled"][metric] for metric in columns]
+            values.append(score["depth"]["per_image"]["rms"])
+            shown = ["-" if value is None else f"{value:.3f}" for value in values]
+            rows.append([name, part, str(score["depth"]["images"]), *shown])
+    return rows
 
 
 def baselines_path(run: Run, out: Path) -> Path:

@@ -19,13 +19,10 @@ PACKAGES = ("torch", "torchvision", "numpy", "h5py")
 TRAINING_CODE = ("d3lib.execution",)
 """The modules whose code decides a run's result, given its data and parameters."""
 BESIDE_THE_POINT = (
-    "d3lib.artefacts",
-    "d3lib.errors",
-    "d3lib.provenance",
-    "d3lib.experiments",
-    "d3lib.data.rooms",
+    *("d3lib.artefacts", "d3lib.errors", "d3lib.experiments", "d3lib.provenance", "d3lib.baselines"),
+    *("d3lib.data.folder", "d3lib.data.prepare", "d3lib.data.rooms"),
 )
-"""Imported by training code but without effect on a run's numbers (the data carry a digest of their own)."""
+"""Imported by training code but without effect on a run's numbers (data carry a digest of their own)."""
 
 
 @functools.cache
@@ -52,11 +49,14 @@ def _closure(modules: tuple[str, ...], without: tuple[str, ...]) -> set[Path]:
         if path in found:
             continue
         found.add(path)
+        package = ["d3lib", *path.relative_to(PACKAGE).parent.parts]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.ImportFrom):
+                above = package[: len(package) - node.level + 1] if node.level else []
+                base = ".".join([*above, *(node.module or "").split(".")]).strip(".")
+                names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
             else:
                 continue
             wanted = [name for name in names if name.startswith("d3lib.") and not name.startswith(without)]
