@@ -108,13 +108,9 @@ class FolderRGBD(torch.utils.data.Dataset):
             )
         valid = (depth > 0) & (depth <= self.max_depth)
         if not valid.any():
-            raise UserError(
-                f"{depth_path}: no valid depth, every pixel is 0, NaN or beyond {self.max_depth} m"
-            )
+            raise UserError(f"{depth_path}: no valid depth, every pixel is 0, NaN or beyond {self.max_depth} m")
         sample = {"rgb": rgb, "depth": np.where(valid, depth, 0)[None], "valid": valid[None]}
-        return resize_sample(
-            {key: torch.from_numpy(x) for key, x in sample.items()}, self.size or depth.shape
-        )
+        return resize_sample({key: torch.from_numpy(x) for key, x in sample.items()}, self.size or depth.shape)
 
     @property
     def source(self) -> dict[str, Any]:
@@ -133,9 +129,7 @@ class FolderRGBD(torch.utils.data.Dataset):
         part empty.
         """
         if not 0 < last < len(self):
-            raise UserError(
-                f"{self.root}: cannot hold {last} of {len(self)} pairs out; give 1 to {len(self) - 1}"
-            )
+            raise UserError(f"{self.root}: cannot hold {last} of {len(self)} pairs out; give 1 to {len(self) - 1}")
         parts = copy.copy(self), copy.copy(self)
         for part, cut in zip(parts, (slice(None, -last), slice(-last, None)), strict=True):
             part.pairs, part.names = self.pairs[cut], self.names[cut]
@@ -151,9 +145,7 @@ class FolderRGBD(torch.utils.data.Dataset):
         folder = self.root / kind / self.split
         if not folder.is_dir():
             splits = sorted(path.name for path in (self.root / kind).glob("*/"))
-            raise UserError(
-                f"{folder}: no such folder" + (f"; {kind}/ has {', '.join(splits[:9])}" if splits else "")
-            )
+            raise UserError(f"{folder}: no such folder" + (f"; {kind}/ has {', '.join(splits[:9])}" if splits else ""))
         stems: dict[str, list[Path]] = {}
         for path in sorted(folder.iterdir()):
             if path.suffix.lower() in suffixes and not path.name.startswith("."):
@@ -217,9 +209,7 @@ def read_rgb(path: str | Path) -> np.ndarray:
     """A colour picture as uint8 (3, H, W), upright by its EXIF orientation. Raises `UserError`."""
     image = _decode(path, ("JPEG", "PNG", "MPO"))
     if image.mode.startswith(("I", "F")):
-        raise UserError(
-            f"{path}: a {image.mode} picture is not 8-bit colour; is it a depth map in the rgb folder?"
-        )
+        raise UserError(f"{path}: a {image.mode} picture is not 8-bit colour; is it a depth map in the rgb folder?")
     return np.ascontiguousarray(np.asarray(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1))
 
 
@@ -228,15 +218,9 @@ def read_depth(path: str | Path, depth_scale: float = 1000.0) -> np.ndarray:
 
     Whole numbers are divided by `depth_scale`; floats are metres.
     """
-    values = (
-        _decode_npy(path)
-        if Path(path).suffix.lower() == ".npy"
-        else np.asarray(_decode(path, ("PNG", "TIFF")))
-    )
+    values = _decode_npy(path) if Path(path).suffix.lower() == ".npy" else np.asarray(_decode(path, ("PNG", "TIFF")))
     if values.ndim != 2:
-        raise UserError(
-            f"{path}: depth must have one channel, this has shape {values.shape}; is it a colour picture?"
-        )
+        raise UserError(f"{path}: depth must have one channel, this has shape {values.shape}; is it a colour picture?")
     if values.dtype.itemsize == 1 or values.dtype.kind not in "uif":
         raise UserError(
             f"{path}: {values.dtype} is no depth: an 8-bit picture has 256 levels, too few to learn from; "
@@ -248,11 +232,7 @@ def read_depth(path: str | Path, depth_scale: float = 1000.0) -> np.ndarray:
         raise UserError(f"{path}: negative depth ({depth.min():.3g} m); mark missing pixels as 0 or NaN")
     if (depth > 0).any() and not 0.01 <= (median := float(np.median(depth[depth > 0]))) <= 100:
         fits = [guess for guess in (1000, 5000, 256, 10000, 100) if 0.2 <= median * scale / guess <= 20]
-        hint = (
-            f"depth_scale={fits[0]} would make it {median * scale / fits[0]:.2f} m"
-            if fits
-            else "check the file"
-        )
+        hint = f"depth_scale={fits[0]} would make it {median * scale / fits[0]:.2f} m" if fits else "check the file"
         if scale == 1.0 and values.dtype.kind == "f":
             hint = "floats must be metres"
         raise UserError(f"{path}: median depth is {median:.4g} m at depth_scale={scale:g}; {hint}")
@@ -270,9 +250,7 @@ def _decode(path: str | Path, formats: tuple[str, ...]) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds over a damaged file
-        raise UserError(
-            f"{path}: not a readable {' or '.join(formats)} picture ({_one_line(error)})"
-        ) from error
+        raise UserError(f"{path}: not a readable {' or '.join(formats)} picture ({_one_line(error)})") from error
     raise UserError(f"{path}: {size} pixels are more than {MAX_PIXELS >> 20} million; scale it down first")
 
 
