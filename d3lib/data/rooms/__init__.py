@@ -14,7 +14,7 @@ from torch import Tensor
 from d3lib.errors import UserError
 
 from .layout import FAR, NEAR, UNSEEN_FROM, make_camera, make_scene
-from .render import SHADINGS, intrinsics, trace
+from .tracer import SHADINGS, intrinsics, trace
 from .scene import Camera, Light, Material, Scene, hand_made, look, part, rotation
 from .sensor import develop, kinect
 

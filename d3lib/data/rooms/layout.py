@@ -29,7 +29,7 @@ from .scene import (
 UNSEEN_FROM = 4000  # scenes with this seed or a larger one are furnished from the unseen families
 NEAR, FAR = 0.4, 10.0  # metres: every exact depth lies between
 CLEARANCE = 0.55  # metres between camera and anything: at the corners of the frame this is 0.43 m of depth
-MOST_LIGHTS = 4
+MOST_LIGHTS = 3
 _SCENE, _PATH, _VIEW, _PICTURE = range(4)  # separate streams, so that nothing drawn for one moves another
 
 

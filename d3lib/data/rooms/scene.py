@@ -129,7 +129,7 @@ def moved(item: Part, axes: Array, shift: Array) -> Part:
     return item._replace(centre=centre, axes=product(axes, item.axes))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scene:
     """A furnished room. `parts[0]` is the room itself; `walls` are the materials of its faces -x +x -y +y -z +z."""
 

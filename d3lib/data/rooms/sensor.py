@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .render import FX, intrinsics
+from .tracer import FX, intrinsics
 from .scene import Camera
 from .textures import bell, hash2, unit, value_noise
 
@@ -52,9 +52,14 @@ def develop(linear: Tensor, cameras: Sequence[Camera]) -> Tensor:
     noise = bell(hash2(x, y, seed + channel * 7919)) * _per_frame([c.noise for c in cameras], device)
     signal = signal + noise * (signal.clamp(0, 1) + 0.02).sqrt()
     signal = torch.where(signal > 0.8, 0.8 + 0.2 * (1 - 0.2 / (signal - 0.6).clamp(min=0.2)), signal)  # soft shoulder
-    code = (np.arange(255) + 0.5) / 255  # the linear value at which each sRGB code begins
-    begins = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
-    return torch.bucketize(signal, torch.as_tensor(begins, dtype=torch.float32).to(device)).to(torch.uint8)
+    return _srgb_codes(device).index_select(0, (signal.clamp(0, 1) * 16383 + 0.5).int().reshape(-1)).reshape(signal.shape)
+
+
+def _srgb_codes(device: torch.device) -> Tensor:
+    """The sRGB code (uint8) of each of 16384 linear levels."""
+    x = np.arange(16384) / 16383
+    code = np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055) * 255
+    return torch.as_tensor(np.rint(code).astype(np.uint8)).to(device)
 
 
 def _hidden(exact: Tensor, offset: float, fx: float) -> Tensor:
