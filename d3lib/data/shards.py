@@ -37,6 +37,7 @@ from d3lib.errors import UserError
 FORMAT, VERSION = "d3lib-store", 1
 SHARD_FRAMES = 4096  # at 256x320: 1.7 GB a shard, 57 shards for 230k frames
 MAX_SIDE, MAX_FRAMES, MAX_INDEX_BYTES = 16384, 10_000_000, 1 << 30  # what a store.json may declare, and weigh
+DISK_RESERVE = 1 << 25  # bytes left free when a disk fills up
 _ADVICE = "copy it again, or delete the store and make it again"
 
 Frames = dict[str, np.ndarray]  # as stored: rgb, depth in mm, maybe exact; with a leading n, or of one frame
@@ -168,8 +169,7 @@ def write_store(
         while first is not None:
             file = temporary / f"shard-{len(shards):05d}.h5"
             ahead = itertools.chain([first], itertools.islice(frames, shard_frames - 1))
-            with _blame(path, "cannot write: "):
-                shards.append(_write_shard(file, ahead, shard_frames, whole))
+            shards.append(_write_shard(file, ahead, shard_frames, whole))
             first = next(frames, None)
         total = sum(shard["frames"] for shard in shards)
         names = [f"{number:06d}" for number in range(total)] if names is None else list(names)
@@ -234,16 +234,18 @@ def _digest_frame(frame: Frames, *digests: hashlib._Hash) -> None:
 def _write_shard(path: Path, frames: Iterator[Frames], capacity: int, whole: hashlib._Hash) -> dict[str, Any]:
     """Write up to `capacity` frames as one shard; returns its entry in `store.json`."""
     count, content, datasets = 0, hashlib.sha256(), {}
+    _need_space(path.parent, 0)
     with artefacts.atomic_path(path) as temporary:
         # since 1.10 HDF5's own structures have checksums too
         with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
             file.attrs["format"], file.attrs["version"] = np.bytes_(FORMAT), VERSION
             for count, frame in enumerate(frames, 1):
+                _need_space(path.parent, sum(array.nbytes for array in frame.values()))
                 for key, array in frame.items():
                     if count == 1:
-                        whole_shape, chunk = (capacity, *array.shape), (1, *array.shape)
+                        shape, chunk = (capacity, *array.shape), (1, *array.shape)
                         datasets[key] = file.create_dataset(
-                            key, whole_shape, array.dtype, maxshape=whole_shape, chunks=chunk, fletcher32=True
+                            key, shape, array.dtype, maxshape=shape, chunks=chunk, fletcher32=True
                         )
                     datasets[key][count - 1] = array
                 _digest_frame(frame, content, whole)
@@ -253,13 +255,19 @@ def _write_shard(path: Path, frames: Iterator[Frames], capacity: int, whole: has
     return entry | {"file": path.name, "frames": count, "content": content.hexdigest()}
 
 
+def _need_space(folder: Path, size: int) -> None:
+    """Stop while there is room to close the files: HDF5 2.0 takes the whole process down when a write fails."""
+    if shutil.disk_usage(folder).free < size + DISK_RESERVE:
+        raise UserError(f"{folder.parent}: the disk is full; free some space, or write elsewhere")
+
+
 @functools.lru_cache(maxsize=128)
 def _open_shard(
     path: Path, frames: int, size: tuple[int, int], has_exact: bool, identity: str
 ) -> tuple[h5py.File, dict[str, h5py.Dataset]]:
     """A shard's file and datasets, checked, kept open. `identity` tells a store from its successor."""
     with _blame(path, "not a shard as declared in store.json: "):
-        file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)  # whole frames: a chunk cache would only copy
+        file = h5py.File(path, "r", rdcc_nbytes=0)  # whole frames: a chunk cache would only copy
         for name, expected in (("format", FORMAT.encode()), ("version", VERSION)):
             attribute = h5py.h5a.open(file.id, name.encode())
             if attribute.shape or attribute.get_storage_size() > 64 or file.attrs[name] != expected:
