@@ -37,7 +37,7 @@ UNSEEN = Style(
     picture="poster", window="blinds", door="ribbed", books="brick",
 )  # fmt: skip
 # Periods per metre around which a pattern's frequency varies.
-FREQUENCY = {"plain": 1.5, "wood": 3, "planks": 8, "tiles": 3, "checker": 3, "stripes": 7, "dots": 6, "fabric": 8,
+FREQUENCY = {"plain": 1.5, "wood": 3, "planks": 8, "tiles": 3, "checker": 3, "stripes": 7, "dots": 9, "fabric": 8,
              "books": 28, "brick": 9, "terrazzo": 6, "hexagons": 4, "plaid": 6, "zigzag": 6, "marble": 2.5,
              "speckle": 5, "ribbed": 5}  # fmt: skip
 
@@ -101,10 +101,11 @@ class Palette:
     def wall(self) -> Material:
         """Light and weakly coloured, mostly."""
         d = self.draw
-        first = hue(d(), d(0, 0.35), d(0.35, 0.85)) if d() < 0.8 else hue(d(), d(0.3, 0.7), d(0.15, 0.6))
+        first = hue(d(0.02, 0.2), d(0, 0.3), d(0.4, 0.85)) if d() < 0.65 else hue(d(), d(0.05, 0.5), d(0.2, 0.75))
         pattern = d.pick(self.style.wall)
         variation = 0.15 if pattern == "brick" else 0.0
-        return self.make(pattern, first, self._shade(first, 0.7, 0.95), variation)
+        darker = (0.88, 0.97) if pattern in ("plain", "speckle") else (0.65, 0.92)
+        return self.make(pattern, first, self._shade(first, *darker), variation)
 
     def ceiling(self) -> Material:
         """White, mostly."""
@@ -123,8 +124,12 @@ class Palette:
     def face(self, pattern: str) -> Material:
         """Doors, books, pictures: patterns that fill a face."""
         d = self.draw
-        first = hue(d(), d(0.1, 0.7), d(0.2, 0.8))
-        variation = {"books": 1.6, "picture": 1.6, "poster": 1.5, "brick": 1.2}.get(pattern, 0.0)
+        first = hue(d(), d(0.1, 0.7), d(0.3, 0.9))
+        if pattern in (self.style.door, self.style.window):
+            first = hue(d(0.03, 0.18), d(0, 0.6), d(0.2, 0.85))
+        if pattern == self.style.books:
+            first = hue(d(), d(0, 0.3), d(0.3, 0.6))
+        variation = {"books": 1.8, "picture": 1.5, "poster": 1.5, "brick": 1.5}.get(pattern, 0.0)
         return self.make(pattern, first, self._shade(first, 0.05, 0.5), variation)
 
     def glow(self, colour: Colour, strength: float) -> Material:

@@ -166,9 +166,11 @@ class _Room:
         parts.append(part("box", (0, -0.03, tall + 0.03), (wide + 0.12, 0.06, 0.06), trim))
         if d() < 0.5:
             cloth, drop = p.cloth(), sill * d(0.3, 0.9)
+            size = (d(0.07, 0.13), 0.1, tall + drop + 0.1)
             for s in (-1, 1):
-                size = (d(0.15, 0.4), 0.08, tall + drop + 0.1)
-                parts.append(part("box", (s * (wide / 2 + 0.12), -0.12, (tall - drop + 0.1) / 2), size, cloth))
+                for k in range(3):  # folds
+                    x = s * (wide / 2 + 0.15 - k * size[0] * 0.9)
+                    parts.append(part("cylinder", (x, -0.13, (tall - drop + 0.1) / 2), size, cloth))
         hung = self.hang(parts, "window", sill, 0.2)
         if hung and day:
             inside = product(hung[0], np.array([[0.0], [-0.35], [tall * 0.6]]))[:, 0]
@@ -196,10 +198,10 @@ class _Room:
         """Place furniture until the room is as full as its draw says, then pictures where walls are left."""
         d, area = self.draw, float(self.size[0] * self.size[1])
         for wall, makers, count in (
-            (True, AT_WALL[unseen], 2 + int(area * d(0.1, 0.3))),
-            (False, ANYWHERE[unseen], 1 + int(area * d(0.05, 0.25))),
+            (True, AT_WALL[unseen], 3 + int(area * d(0.1, 0.35))),
+            (False, ANYWHERE[unseen], 2 + int(area * d(0.05, 0.3))),
         ):
-            for _ in range(min(count, 9)):
+            for _ in range(min(count, 10)):
                 maker = d.pick(makers)
                 self.place(*maker(d, self.palette), maker.__name__, wall)
         for _ in range(d.index(6)):
@@ -219,10 +221,11 @@ def make_scene(seed: int) -> Scene:
     lights = room.lights[:MOST_LIGHTS]
     if not lights:
         lights = [Light(room.size * np.array([0.5, 0.5, 0.95]), np.full(3, draw(1.0, 5.0)))]
-    power = sum(light.colour for light in lights) * (draw(0.25, 0.9) / float(room.size[0] * room.size[1] + 10))
-    way = Draw(_PATH, seed)
-    path = [[way(0.6, float(room.size[0]) - 0.6), way(0.6, float(room.size[1]) - 0.6)] for _ in range(7)]
-    path.append([float(x) for x in room.stand])
+    power = sum(light.colour for light in lights) * (draw(0.4, 1.4) / float(room.size[0] * room.size[1] + 10))
+    way, path = Draw(_PATH, seed), []
+    for k in range(8):
+        spot = room.stand if k == 7 else room.size[:2] * np.array([way(), way()])
+        path.append([*spot, *(room.size[:2] * np.array([way(), way()]))])
     return Scene(room.size, room.walls, tuple(room.parts), tuple(lights), power, np.array(path), tuple(room.items))
 
 
@@ -234,11 +237,12 @@ def van_der_corput(index: int) -> float:
     return value
 
 
-def _worth_taking(scene: Scene, camera: Camera) -> bool:
-    depth, seen = glance(scene.parts, camera)
-    counts = np.bincount(seen, minlength=1)
-    blank = counts[1:].max(initial=0) > 0.6 * len(seen) or counts[0] > 0.9 * len(seen)
-    return bool(np.median(depth) > 1.0) and not blank
+def _worth_taking(scene: Scene, camera: Camera, median: float, parts: float) -> bool:
+    """Whether a view shows `parts` parts at a median depth of `median` metres, and is not mostly one thing."""
+    depth, seen = glance(scene, camera)
+    counts = np.bincount(seen)
+    blank = counts[1:].max(initial=0) > 0.5 * len(seen) or counts[0] > 0.85 * len(seen)
+    return bool(np.sort(depth)[len(depth) // 2] > median) and (counts > 0).sum() >= parts and not blank
 
 
 def make_camera(seed: int, view: int) -> Camera:
@@ -252,27 +256,34 @@ def make_camera(seed: int, view: int) -> Camera:
     place = van_der_corput(view) * len(scene.path)
     start = int(place)
     a, b = scene.path[start], scene.path[(start + 1) % len(scene.path)]
-    heading = Draw(_PATH, seed, start)(0, 360)
-    corners = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * scene.size
+    way = a + (b - a) * (place - start)
     style = {
-        "exposure": 0.22 * picture.ratio(1.8),
+        "exposure": 0.17 * picture.ratio(1.7),
         "vignette": picture(0.0, 0.5),
         "noise": picture(0.002, 0.02),
         "balance": (picture(0.88, 1.12), 1.0, picture(0.88, 1.12)),
         "seed": int(picture() * 2**31),
     }
-    for attempt in range(400):
-        spread = 0.1 + 0.02 * attempt
-        x, y = a + (b - a) * (place - start) + np.array([draw(-spread, spread), draw(-spread, spread)])
-        if attempt > 300:
-            x, y = scene.path[-1]
-        z = draw(0.6, min(2.2, float(scene.size[2]) - 0.56))
-        axes = look(heading + draw(-60, 60) * (1 + attempt / 20), 12 - 45 * draw() * draw(0.3, 1), draw(-8, 8))
-        camera = Camera(np.round(np.array([x, y, z]), 6), np.round(axes, 9), **style)
-        inside = (camera.position > CLEARANCE) & (camera.position < scene.size - CLEARANCE)
-        ahead = (corners - camera.position) * axes[:, 2]
-        if not inside.all() or (ahead[:, 0] + ahead[:, 1] + ahead[:, 2]).max() > FAR - 0.05:
+    x_max, y_max, z_max = (float(side) for side in scene.size)
+    corners = np.array([[x, y, z] for x in (0, x_max) for y in (0, y_max) for z in (0, z_max)])
+    median = min(draw(1.0, 3.0), 0.45 * max(x_max, y_max))
+    for attempt in range(600):
+        loose = 0.15 + attempt / 60
+        x, y, to_x, to_y = (float(w) + draw(-loose, loose) for w in way)
+        if attempt >= 300:
+            x, y = (float(w) for w in scene.path[-1][:2])
+        x, y = (min(max(w, CLEARANCE + 0.02), side - CLEARANCE - 0.02) for w, side in ((x, x_max), (y, y_max)))
+        z = draw(0.6, min(2.2, z_max - 0.57))
+        ahead = np.array([to_x - x, to_y - y, 0.0])
+        ahead = ahead / np.sqrt(ahead[0] * ahead[0] + ahead[1] * ahead[1] + 1e-9)
+        toward = np.array([[ahead[1], ahead[0], 0.0], [-ahead[0], ahead[1], 0.0], [0.0, 0.0, 1.0]])
+        axes = product(toward, look(0.0, 14 - 44 * draw() * draw(0.4, 1), draw(-8, 8)))
+        camera = Camera(np.array([x, y, z]), axes, **style)
+        reach = corners - camera.position
+        if (reach[:, 0] * axes[0, 2] + reach[:, 1] * axes[1, 2] + reach[:, 2] * axes[2, 2]).max() > FAR - 0.05:
             continue
-        if gap(scene.parts[1:], camera.position) > CLEARANCE and (attempt > 200 or _worth_taking(scene, camera)):
+        if gap(scene, camera.position) < CLEARANCE:
+            continue
+        if attempt >= 300 or _worth_taking(scene, camera, median - attempt / 40, 7 - attempt / 12):
             return camera
     raise AssertionError(f"scene {seed} has no place to stand")  # the reserved spot makes this impossible

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,8 +139,14 @@ class Scene:
     parts: tuple[Part, ...]
     lights: tuple[Light, ...]
     ambient: Array = field(default_factory=lambda: np.full(3, 0.2))
-    path: Array = field(default_factory=lambda: np.zeros((0, 2)))  # way points of the camera on the floor
+    path: Array = field(default_factory=lambda: np.zeros((0, 4)))  # the camera's way points on the floor, and what it looks at
     items: tuple[str, ...] = ()  # what was placed, for people and tests
+
+    @cached_property
+    def arrays(self) -> tuple[Array, Array, Array]:
+        """Centres (P, 3), half sizes (P, 3) and axes (P, 3, 3) of the parts."""
+        centre, half, axes = (np.array([getattr(q, name) for q in self.parts]) for name in ("centre", "half", "axes"))
+        return centre, half, axes
 
 
 def hand_made(
@@ -161,7 +168,7 @@ class Camera(NamedTuple):
 
     position: Array
     axes: Array  # (3, 3), columns are right, down, forward in the world
-    exposure: float = 0.4  # mean linear signal the exposure aims at
+    exposure: float = 0.18  # median linear signal the exposure aims at
     vignette: float = 0.0
     noise: float = 0.0  # standard deviation of the linear signal at white
     balance: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -174,26 +181,24 @@ def look(yaw: float, pitch: float, roll: float) -> Array:
     return product(rotation(2, yaw), product(rotation(0, pitch), product(level, rotation(2, roll))))
 
 
-def gap(parts: Sequence[Part], point: Array) -> float:
-    """Distance (metres) from a point to the nearest of some parts, each taken as its bounding box; 0 inside."""
-    centre, half = np.array([p.centre for p in parts]), np.array([p.half for p in parts])
-    axes, d = np.array([p.axes for p in parts]), point - centre
+def gap(scene: Scene, point: Array) -> float:
+    """Distance (metres) from a point to the nearest part of a scene but the room, parts taken as boxes; 0 inside."""
+    centre, half, axes = (x[1:] for x in scene.arrays)
+    d = point - centre
     local = axes[:, 0] * d[:, :1] + axes[:, 1] * d[:, 1:2] + axes[:, 2] * d[:, 2:]
     out = np.maximum(np.abs(local) - half, 0.0) ** 2
-    return float(np.sqrt((out[:, 0] + out[:, 1] + out[:, 2]).min()))
+    return float(np.sqrt((out[:, 0] + out[:, 1] + out[:, 2]).min(initial=np.inf)))
 
 
-def glance(
-    parts: Sequence[Part], camera: Camera, across: int = 8, down: int = 6
-) -> tuple[Array, NDArray[np.int64]]:
+def glance(scene: Scene, camera: Camera, across: int = 8, down: int = 6) -> tuple[Array, NDArray[np.int64]]:
     """A coarse look through a camera: depth (metres) and part seen for each of `across` x `down` rays.
 
     Every part counts as a box. Used to choose a view worth taking.
     """
-    u, v = np.meshgrid(np.linspace(-0.6, 0.6, across), np.linspace(-0.45, 0.45, down))
+    u, v = np.meshgrid(np.linspace(-0.55, 0.55, across), np.linspace(-0.42, 0.42, down))
     rays = product(camera.axes, np.stack([u.ravel(), v.ravel(), np.ones(u.size)]))  # (3, R)
-    centre, half = np.array([p.centre for p in parts]), np.array([p.half for p in parts])
-    axes, o = np.array([p.axes for p in parts]), camera.position - centre
+    centre, half, axes = scene.arrays
+    o = camera.position - centre
     origin = axes[:, 0] * o[:, :1] + axes[:, 1] * o[:, 1:2] + axes[:, 2] * o[:, 2:]  # (P, 3)
     direction = product(axes.transpose(0, 2, 1), rays) + 1e-12  # (P, 3, R)
     low, high = ((s * half - origin)[:, :, None] / direction for s in (-1, 1))

@@ -35,14 +35,11 @@ def _per_frame(values: Sequence[object], device: torch.device, dtype: torch.dtyp
 def develop(linear: Tensor, cameras: Sequence[Camera]) -> Tensor:
     """Expose, vignette, add noise and encode: linear (B, 3, H, W) to sRGB uint8 (B, 3, H, W).
 
-    Exposure brings the mean signal to each camera's aim, as a camera's own metering does; the mean is taken over
-    integers, so that it does not depend on the order of summation.
+    Exposure brings the median signal to each camera's aim, as a camera's own metering does.
     """
     size, device = (linear.shape[2], linear.shape[3]), linear.device
     grey = (linear[:, 0] + 2 * linear[:, 1] + linear[:, 2]) * 0.25
-    metered = (grey.clamp(max=4.0) * 2**12).round().to(torch.int64).sum((1, 2)).double() / (2**12 * size[0] * size[1])
-    aim = torch.tensor([c.exposure for c in cameras], dtype=torch.float64).to(device)
-    gain = (aim / metered.clamp(min=1e-4)).float().reshape(-1, 1, 1, 1)
+    gain = _per_frame([c.exposure for c in cameras], device) / grey.flatten(1).median(1).values.reshape(-1, 1, 1, 1).clamp(min=1e-4)
     x, y = _grid(size, device)
     rx, ry = (x.float() + 0.5) / size[1] - 0.5, (y.float() + 0.5) / size[0] - 0.5
     fall = 1 / (1 + _per_frame([c.vignette for c in cameras], device) * 2 * (rx * rx + ry * ry))

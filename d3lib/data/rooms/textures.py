@@ -171,9 +171,9 @@ def window(s: Surface) -> tuple[Tensor, Tensor]:
     bars = (torch.minimum(s.ua.abs(), (s.ub + 0.1).abs()) < 0.04) | (
         torch.maximum(s.ua.abs(), s.ub.abs()) > 0.93
     )
-    trees = s.ub < value_noise(s.ua * 2 + 9, s.seed.float() * 1e-4, s.seed) * 1.2 - 0.9
-    leaf = hash2((s.ua * 8).floor().int(), (s.ub * 12).floor().int(), s.seed)
-    return torch.where(bars, 1.0, torch.where(trees, 0.55 + 0.3 * unit(leaf), 0.0)), s.seed
+    leaves = value_noise(s.ua * 9, s.ub * 9, s.seed + 1)
+    trees = s.ub < value_noise(s.ua * 2 + 9, s.ua * 0, s.seed) * 1.2 - 0.9 + 0.15 * leaves
+    return torch.where(bars, 1.0, torch.where(trees, 0.4 + 0.5 * leaves, 0.0)), s.seed
 
 
 def brick(s: Surface) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,7 @@ class _Pack:
     axes: Tensor  # (3, 3, P) in camera axes; [k] is the k-th axis times its half size
     inverse: Tensor  # (9, P): world to unit shape, row by row
     world: Tensor  # (3, P) centre in the world
+    edges: Tensor  # (3, 3, P) like `axes`, in the world
     radius: Tensor  # (P,) of the bounding sphere
     casts: Tensor  # (P,)
     faces: Tensor  # (16, 6 P) per face, -x +x -y +y -z +z: normal (3), half sizes along a and b, 11 numbers of `_looks`
@@ -75,7 +76,7 @@ def _looks(item: Part, walls: Sequence[Material]) -> tuple[list[list[float]], li
 @lru_cache(maxsize=1024)
 def _scene_tables(scene: Scene) -> tuple[np.ndarray, ...]:
     """What of a scene does not depend on the camera: centre, half, axes, inverse, outward normals, looks, kinds, seeds."""
-    c, h, a = (np.array([getattr(q, name) for q in scene.parts]) for name in ("centre", "half", "axes"))
+    c, h, a = scene.arrays
     inverse = a.transpose(0, 2, 1) / h[:, :, None]
     normal = np.stack([-a, a], 3).transpose(0, 2, 3, 1).reshape(-1, 6, 3)  # (P, face, xyz)
     normal[0] *= -1  # the room is seen from inside
@@ -104,6 +105,7 @@ def _pack(views: Sequence[tuple[Scene, Camera]], device: torch.device) -> _Pack:
             axes=((a * h[:, None])[..., None] * basis[:, None]).sum(1),  # (P, own axis, camera axis)
             inverse=m.reshape(-1, 9),
             world=c,
+            edges=(a * h[:, None]).transpose(0, 2, 1),
             radius=np.sqrt((h * h).sum(1)),
             casts=np.array([q.casts and q.shape != "room" for q in scene.parts]),
             faces=faces.reshape(-1, 16),
@@ -307,16 +309,15 @@ def _hits(pack: _Pack, part: Tensor, depth: Tensor, u: Tensor, v: Tensor) -> _Hi
         length = (n[0] * n[0] + n[1] * n[1] + n[2] * n[2]).sqrt()
         turns, first = _turns(q[0], q[1]), pack.faces.index_select(1, item * 6)
         ua, ub = torch.where(top, q[0], turns), torch.where(top, q[1], q[2])
-        wide, tall = 1 / m[:3].abs().amax(0), 1 / m[6:].abs().amax(0)
         wide, tall = first[3], first[4]
+        look.index_copy_(1, bent, first)
         for whole, some in (
             *zip(normal, [x / length for x in n], strict=True),
             *zip(across, (ua, ub), strict=True),
-            *zip(along, (torch.where(top, ua, ua * (np.pi / 2 * 2)) * wide, ub * torch.where(top, wide, tall)), strict=True),
+            *zip(along, (torch.where(top, ua, ua * np.pi) * wide, ub * torch.where(top, wide, tall)), strict=True),
             (face, item * 6),
         ):
             whole.index_copy_(0, bent, some)
-        look.index_copy_(1, bent, first)
     return _Hits(normal, face, look, (across[0], across[1]), (along[0], along[1]))
 
 
@@ -338,72 +339,86 @@ def _albedo(pack: _Pack, hits: _Hits, footprint: Tensor, constant: bool) -> list
             mix.index_copy_(0, chosen, blend)
             cell.index_copy_(0, chosen, cells)
     tint = mix_bits(cell)
-    bright, keep = unit(tint, 24) - 0.8, 1 - mix
+    bright, keep = 0.5 * unit(tint, 24) - 0.75, 1 - mix
     return [
-        (look[5 + i] * keep * (1 + look[12] * (bright + 0.6 * unit(tint, 8 * i))) + look[8 + i] * mix).clamp(0, 1)
+        (look[5 + i] * keep * (1 + look[12] * (bright + unit(tint, 8 * i))).clamp(min=0.08) + look[8 + i] * mix).clamp(0, 1)
         for i in range(3)
     ]
 
 
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def _dot(a: Sequence[Tensor] | Tensor, b: Sequence[Tensor] | Tensor) -> Tensor:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
-def _shadow_pairs(pack: _Pack, frame: Tensor, eye: Tensor, ray: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pairs (bundle, part) for B bundles of R shadow rays, three (B, R), from the lights `eye` (B, 3) of views `frame`.
+def _shadow_pairs(pack: _Pack, frame: Tensor, eye: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs (bundle, part) for B bundles of shadow rays from the lights `eye` (3, B) of views `frame` (B,).
 
-    A bundle lies in a pyramid from its light; parts whose bounding sphere is outside one of its planes are left out.
+    A bundle's points lie between `low` and `high` (3, B), so its rays lie in the pyramid from the light around that box:
+    left out are the parts whose bounding sphere, then whose own box, is outside one of the pyramid's sides.
     """
-    middle = [(x.amin(1) + x.amax(1)) / 2 for x in ray]
-    scale = (_dot(middle, middle) + 1e-12).rsqrt()
-    w = [x * scale for x in middle]
-    upright = w[2].abs() > 0.7
-    helper = [torch.where(upright, 1.0, 0.0), torch.zeros_like(w[0]), torch.where(upright, 0.0, 1.0)]
+    high_x, high_y, high_z = (torch.arange(8, device=frame.device) // n % 2 for n in (1, 2, 4))
+    pick = torch.stack([high_x, high_y, high_z])[:, None]
+    ray = torch.where(pick > 0, high[:, :, None], low[:, :, None]) - eye[:, :, None]  # (3, B, 8)
+    w = (low + high) / 2 - eye
+    w = w / (_dot(w, w) + 1e-12).sqrt()
+    helper = torch.zeros_like(w)
+    helper[0], helper[2] = (w[2].abs() > 0.7).float(), (w[2].abs() <= 0.7).float()
 
-    def cross(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
-        return [a[(i + 1) % 3] * b[(i + 2) % 3] - a[(i + 2) % 3] * b[(i + 1) % 3] for i in range(3)]
+    def cross(a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack([a[(i + 1) % 3] * b[(i + 2) % 3] - a[(i + 2) % 3] * b[(i + 1) % 3] for i in range(3)])
 
     e1 = cross(w, helper)
-    scale = _dot(e1, e1).rsqrt()
-    e1 = [x * scale for x in e1]
-    across = [[x[:, None] for x in e] for e in (e1, cross(w, e1), w)]
-    deep = _dot(ray, across[2])
-    reach, wide = deep.amax(1, keepdim=True), deep.amin(1, keepdim=True) < 0.1 * deep.amax(1, keepdim=True)
-    slope = 1 / deep.clamp(min=1e-3)
+    e1 = e1 / _dot(e1, e1).sqrt()
+    deep = _dot(ray, w[:, :, None])
+    reach = deep.amax(1, keepdim=True)
+    wide = deep.amin(1, keepdim=True) < 0.1 * reach  # no pyramid narrower than half of space
+    sides = []  # planes through the light, normals inwards
+    for e in (e1, cross(w, e1)):
+        slope = _dot(ray, e[:, :, None]) / deep.clamp(min=1e-3)
+        sides += [e - slope.amin(1) * w, slope.amax(1) * w - e]
     # the parts of each bundle's view, padded to the longest
     start, end = pack.rooms[frame][:, None], pack.rooms[frame + 1][:, None]
     item = start + torch.arange(int((pack.rooms[1:] - pack.rooms[:-1]).max()), device=frame.device)
     within = item < end
-    item = item.clamp(max=len(pack.casts) - 1)
-    c = [pack.world[i][item] - eye[:, i : i + 1] for i in range(3)]
-    radius = pack.radius[item] + 1e-3
-    z = _dot(c, across[2])
+    item = torch.minimum(item, end - 1)
+    flat = item.reshape(-1)
+    c = pack.world.index_select(1, flat).reshape(3, *item.shape) - eye[:, :, None]
+    radius = pack.radius.index_select(0, flat).reshape(item.shape) + 1e-3
+    z = _dot(c, w[:, :, None])
     inside = (z - radius < reach) & (z + radius > 0)
-    for e in across[:2]:
-        x, slopes = _dot(c, e), _dot(ray, e) * slope
-        for border, sign in ((slopes.amin(1, keepdim=True), 1), (slopes.amax(1, keepdim=True), -1)):
-            inside &= sign * (x - border * z) + radius * (1 + border * border).sqrt() > 0
-    bundle, column = ((inside | wide) & within & pack.casts[item]).nonzero(as_tuple=True)
-    return bundle, item[bundle, column]
+    for n in sides:
+        inside &= _dot(c, n[:, :, None]) + radius * _dot(n, n).sqrt()[:, None] > 0
+    inside = (inside | wide) & within & pack.casts.index_select(0, flat).reshape(item.shape)
+    bundle, column = inside.nonzero(as_tuple=True)
+    item = item[bundle, column]
+    normal = torch.stack(sides).index_select(2, bundle)  # (4, 3, pairs)
+    edges, middle = pack.edges.index_select(2, item), c[:, bundle, column]
+    extent = sum(normal[:, None, i] * edges[None, :, i] for i in range(3)).abs().sum(1)
+    inside = ((normal * middle).sum(1) + extent > -1e-3).all(0) | wide[bundle, 0]
+    return bundle[inside], item[inside]
 
 
-def _lit(pack: _Pack, frame: Tensor, light: Tensor, points: list[Tensor]) -> Tensor:
-    """(B, R): 1 where light `light` (B,) of view `frame` (B,) reaches the points, three (B, R); 0 in shadow."""
-    eye = pack.lights[frame, light, :3]
-    ray = [points[i] - eye[:, i : i + 1] for i in range(3)]
-    bundle, item = _shadow_pairs(pack, frame, eye, ray)
-    blocked = torch.zeros_like(ray[0])
-    shape, block = pack.shape[item], max(1, _RAYS_AT_ONCE.get(frame.device.type, 2**16) // ray[0].shape[1])
+def _lit(pack: _Pack, frame: Tensor, points: list[Tensor]) -> Tensor:
+    """(L, C, R): 1 where a light reaches points, three (C, R) in views `frame` (C,); 0 in shadow."""
+    count, (c, r) = pack.lights.shape[1], points[0].shape
+    lamps = pack.lights[frame].permute(2, 1, 0).reshape(6, -1)  # (6, L C): bundle = light * C + tile
+    on = (lamps[3:].sum(0) > 0).nonzero()[:, 0]
+    low, high = (torch.stack([x.amin(1) for x in points]), torch.stack([x.amax(1) for x in points]))
+    tile, eye = on % c, lamps[:3].index_select(1, on)
+    bundle, item = _shadow_pairs(pack, frame[tile], eye, low.index_select(1, tile), high.index_select(1, tile))
+    blocked = torch.zeros(count * c, r, device=frame.device)
+    shape, block = pack.shape[item], max(1, _RAYS_AT_ONCE.get(frame.device.type, 2**16) // r)
     for name, meet in _MEET.items():
         chosen = (shape == SHAPES.index(name)).nonzero()[:, 0]
         for some, parts in zip(bundle[chosen].split(block), item[chosen].split(block), strict=True):
             m = pack.inverse.index_select(1, parts)[:, :, None]
-            from_eye = (eye.index_select(0, some).t() - pack.world.index_select(1, parts))[:, :, None]
-            d = [x.index_select(0, some) for x in ray]
-            near, far = meet(*([_dot(x, m[3 * k : 3 * k + 3]) for k in range(3)] for x in (from_eye, d)))
+            source = eye.index_select(1, some)[:, :, None]
+            origin = source - pack.world.index_select(1, parts)[:, :, None]
+            d = [points[i].index_select(0, tile[some]) - source[i] for i in range(3)]
+            near, far = meet(*([_dot(x, m[3 * k : 3 * k + 3]) for k in range(3)] for x in (origin, d)))
             overlap = far.clamp_(max=1) - near.clamp_(min=0)  # of the ray inside the part
-            blocked.index_add_(0, some, overlap.mul_(1e6).clamp_(0, 1))
-    return (1 - blocked).clamp_(min=0)
+            blocked.index_add_(0, on[some], overlap.mul_(1e6).clamp_(0, 1))
+    return (1 - blocked).clamp_(min=0).reshape(count, c, r)
 
 
 def _shade(
@@ -422,8 +437,8 @@ def _shade(
     if shading == "flat":
         return torch.stack(colour, 1)
     point = [where[i] + depth * ray[i] for i in range(3)]
-    # ambient light is dimmer in corners, near the floor, and from below
-    corner = 0.75 + 0.25 * normal[2]
+    # ambient light is dimmer in corners, near the floor, and a little from below
+    corner = 0.9 + 0.1 * normal[2]
     for i in range(3):
         d = torch.minimum(point[i], where[12 + i] - point[i]).clamp(min=0)
         corner = corner * (1 - 0.04 / (d + 0.1))
@@ -432,18 +447,15 @@ def _shade(
     shine = torch.zeros_like(corner)
     lift = 0.003 + 0.002 * depth
     lifted = [point[i] + normal[i] * lift for i in range(3)]
-    for k in range(pack.lights.shape[1]):
-        on = (pack.lights[frame, k, 3:].sum(1) > 0).nonzero()[:, 0]
-        if not len(on):
-            continue
-        lit = torch.zeros_like(depth)
-        lit.index_copy_(0, on, _lit(pack, frame[on], torch.full_like(on, k), [x.index_select(0, on) for x in lifted]))
+    lit = _lit(pack, frame, lifted)
+    for k in range(len(lit)):
         lamp = pack.lights[frame, k].t()[:, :, None]
         to = [lamp[i] - point[i] for i in range(3)]
+        facing = _dot(to, normal)
         square = _dot(to, to)
         inverse = 1 / (square + 0.01).sqrt()
-        arrives = lit / (square + 0.15)
-        power = _dot(to, normal).clamp(min=0) * inverse * arrives
+        arrives = lit[k] / (square + 0.15)
+        power = facing.clamp(min=0) * inverse * arrives
         light = [light[i] + lamp[3 + i] * power for i in range(3)]
         spark = _dot(to, mirrored).clamp(min=0) * inverse
         for _ in range(4):
