@@ -40,10 +40,11 @@ colab = load("colab")
 PAGES = list(colab.Book().pages)
 
 
-def build(folder: Path, **repository: str) -> Path:
-    """Build the book's pages into `folder`, with the real configuration but for the repository's address."""
+def build(folder: Path, address: str | None = None) -> Path:
+    """Build the book into `folder` as `make book` does; or, to see its buttons, with an address and without outputs."""
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    config["repository"].update(repository)
+    if address:
+        config["repository"]["url"], config["execute"]["execute_notebooks"] = address, "off"
     config["sphinx"]["local_extensions"] = {"d3book": str(EXT)}
     (folder / "_config.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [
@@ -53,7 +54,7 @@ def build(folder: Path, **repository: str) -> Path:
         "--config",
         str(folder / "_config.yml"),
     ]
-    command += ["--path-output", str(folder), "-W", "-n", "--keep-going"]
+    command += ["--path-output", str(folder), *([] if address else ["-W", "-n", "--keep-going"])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "_build" / "html"
@@ -66,7 +67,7 @@ def html(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def html_with_address(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("book-with-address"), url=ADDRESS)
+    return build(tmp_path_factory.mktemp("book-with-address"), ADDRESS)
 
 
 @pytest.fixture(scope="session")
@@ -280,6 +281,16 @@ x = {"a": 1}
 ```
 :::
 
+```{code-cell} ipython3
+:mystnb:
+:  figure:
+:    name: fig-one
+:    caption: "What you see."
+x
+```
+
+{numref}`fig-one` shows it.
+
 ```{literalinclude} ../d3lib/errors.py
 :pyobject: UserError
 ```
@@ -315,10 +326,12 @@ def test_directives_become_plain_markdown_in_colab(small_book):
         "; [Eigen and Fergus, 2015](https://doi.org/10.1109/ICCV.2015.304)).",
         '<details><summary>Solution</summary>\n\n```python\nx = {"a": 1}\n```\n\n</details>',
         "```python\n# d3lib/errors.py, UserError\nclass UserError(Exception):",
+        "**Figure 1.** What you see.",
+        "Figure 1 shows it.",
         "> **Exercise 1: Try**\n>\n> Read [Title](https://someone.github.io/d3-book/page.html).",
     ):
         assert expected in text
-    assert [cell["metadata"] for cell in cells if cell["cell_type"] == "code"] == [{}, {"tags": ["parameters"]}]
+    assert [cell["metadata"] for cell in cells if cell["cell_type"] == "code"] == [{}, {}, {"tags": ["parameters"]}]
 
 
 def test_markup_that_colab_cannot_show_is_an_error_and_names_the_page(small_book):
@@ -334,11 +347,11 @@ def test_the_pages_execute_again_after_an_edit_of_the_library_or_a_new_record(tm
     for path, text in {tmp_path / "constraints.txt": "", library: "a = 1", record: "{}"}.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    seen = [d3book.digest(tmp_path)]
+    seen = [d3book.digest(tmp_path, tmp_path / "runs")]
     (record.parent / "notes.txt").write_text("not an input")
-    assert d3book.digest(tmp_path) == seen[0]
+    assert d3book.digest(tmp_path, tmp_path / "runs") == seen[0]
     for path in (library, record, tmp_path / "book" / "records" / "study.jsonl"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("b = 2")
-        seen.append(d3book.digest(tmp_path))
+        seen.append(d3book.digest(tmp_path, tmp_path / "runs"))
     assert len(set(seen)) == len(seen)

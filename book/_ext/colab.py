@@ -8,6 +8,7 @@ directive or role is an error, so that no notebook shows raw markup.
 
 import ast
 import hashlib
+import itertools
 import json
 import re
 import textwrap
@@ -27,6 +28,7 @@ HEADING = re.compile(r"^#{1,6} +(?P<title>.+?)\s*$")
 EQUATION = re.compile(r"^(?P<open>\$\$.*?\$\$)[ \t]*\((?P<label>[^)\s]+)\)[ \t]*$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<page>[\w./-]+\.md)?(?:#(?P<label>[\w:.-]+))?\)")
 IMAGE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<path>(?!https?:)[^)\s]+)\)")
+TABLE_NAME = re.compile(r"\bname=\"(tab-[\w-]+)\"")  # a table that a code cell displays
 ADMONITIONS = {"note", "tip", "hint", "important", "warning", "caution", "attention", "danger", "error", "seealso"}
 TRANSPARENT = {
     "grid",
@@ -95,8 +97,11 @@ class Book:
                         add(part.options.get("name") or f"{page}-{len(self.targets)}", part.name.removeprefix("list-"))
                     elif part.name == "math" and "label" in part.options:
                         add(part.options["label"], "equation")
-                    elif part.name == "code-cell" and (figure := part.options.get("mystnb", {}).get("figure")):
-                        add(figure["name"], "figure")
+                    elif part.name == "code-cell" and (shown := part.options.get("mystnb")):
+                        if "figure" in shown:
+                            add(shown["figure"]["name"], "figure")
+                        for label in TABLE_NAME.findall(part.body):
+                            add(label, "table")
                     elif part.name not in CODE | {"code-cell", "literalinclude"}:
                         visit(part.body)
                     continue
@@ -211,14 +216,18 @@ def _blocks(text: str) -> list["str | Directive"]:
 
 
 def _options(body: list[str]) -> tuple[dict, list[str]]:
+    """The options that open a directive (YAML between `---`, or lines that begin with a colon), and the rest."""
     if body and body[0].strip() == "---":
         end = next(index for index, line in enumerate(body[1:], 1) if line.strip() == "---")
         return yaml.safe_load("\n".join(body[1:end])) or {}, body[end + 1 :]
-    options = {}
-    while body and (match := re.match(r"^:([\w-]+):\s*(.*)$", body[0])):
-        options[match[1]] = match[2].strip()
-        body = body[1:]
-    return options, body
+    lines = list(itertools.takewhile(re.compile(r":\s*[\w-]+:|:\s{2,}").match, body))
+    nested = any(line[1:2] == " " for line in lines)
+    options = yaml.safe_load("\n".join(line[1:] for line in lines)) if nested else _flat(lines)
+    return options, body[len(lines) :]
+
+
+def _flat(lines: list[str]) -> dict:
+    return {key: value.strip() for key, value in (line[1:].split(":", 1) for line in lines)}
 
 
 def _quote(text: str) -> str:
@@ -264,6 +273,8 @@ class Converter:
             case "cite" | "cite:p" | "cite:t" | "cite:ps" | "cite:ts":
                 return self.book.cite(text, textual=name.startswith("cite:t"))
             case "eq" | "numref" | "ref":
+                if label not in self.book.targets:
+                    raise ValueError(f"book/{self.page}.md: {match[0]} names a label that no page has")
                 return title or self.book.targets[label].shown(self.page, self.book)
             case "doc":
                 return self.book.link((Path(self.page).parent / label).as_posix().removesuffix(".md"), title or "")

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import time
 from pathlib import Path
@@ -12,25 +13,27 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.fileutil import copy_asset
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHES = ROOT / "runs" / "cache" / "jupyter"
+RUNS = Path(os.environ.get("D3LIB_RUNS") or ROOT / "runs").resolve()
+CACHES = RUNS / "cache" / "jupyter"
 UNUSED_S = 24 * 3600  # caches of other digests go after a day: another build may be reading one now
 
 
-def inputs(root: Path = ROOT) -> list[Path]:
+def inputs(root: Path = ROOT, runs: Path = RUNS) -> list[Path]:
     """The files besides the page itself that a page's outputs depend on: the library, the pins, the records."""
     library = (path for path in (root / "d3lib").rglob("*") if "__pycache__" not in path.parts)
     committed = (root / "book" / "records").rglob("*")
-    made_here = (root / "runs").glob("*/**/record.json")
+    made_here = runs.glob("*/**/record.json")
     paths = {root / "constraints.txt", *library, *committed, *made_here}
-    return sorted(path for path in paths if path.is_file() and CACHES not in path.parents)
+    return sorted(path for path in paths if path.is_file())
 
 
-def digest(root: Path = ROOT) -> str:
+def digest(root: Path = ROOT, runs: Path = RUNS) -> str:
     """First 16 hexadecimal digits of a SHA-256 over the names and contents of `inputs`."""
     total = hashlib.sha256()
-    for path in inputs(root):
+    for path in inputs(root, runs):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
-        total.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
+        name = path.relative_to(runs if path.is_relative_to(runs) else root)
+        total.update(f"{name.as_posix()} {content}\n".encode())
     return total.hexdigest()[:16]
 
 
