@@ -14,9 +14,9 @@ from torch import Tensor
 from d3lib.errors import UserError
 
 from .layout import FAR, NEAR, UNSEEN_FROM, make_camera, make_scene
-from .tracer import SHADINGS, intrinsics, trace
 from .scene import Camera, Light, Material, Scene, hand_made, look, part, rotation
 from .sensor import develop, kinect
+from .tracer import SHADINGS, intrinsics, trace
 
 __all__ = [
     "FAR", "INTERVENTIONS", "NEAR", "SHADINGS", "SPLITS", "Camera", "Light", "Material", "Scene", "frames", "hand_made",
@@ -57,7 +57,10 @@ def frames(split: str, scenes: int | None = None, views: int = 1) -> list[Frame]
 
 
 def render(
-    frames: Sequence[Frame], size: tuple[int, int] = (96, 128), device: str | torch.device = "cpu", shading: str = "full"
+    frames: Sequence[Frame],
+    size: tuple[int, int] = (96, 128),
+    device: str | torch.device = "cpu",
+    shading: str = "full",
 ) -> dict[str, Tensor]:
     """Render frames into a batch.
 

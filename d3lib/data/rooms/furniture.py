@@ -1,4 +1,4 @@
-"""The furniture families: each function makes one item of several parts, around the origin on the floor, front at -y."""
+"""The furniture families: a function each, which makes an item around the origin on the floor, front at -y."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ class Palette:
         self.draw, self.style = draw, style
         self.finish = [self.hard() for _ in range(3)]  # furniture of one scene shares a few finishes
 
-    def make(
-        self, pattern: str, first: Colour, second: Colour, variation: float = 0.0, gloss: float = 0.0
-    ) -> Material:
+    def make(self, pattern: str, first: Colour, second: Colour, variation: float = 0.0, gloss: float = 0.0) -> Material:
         """A material whose frequency is drawn around its pattern's usual one."""
         frequency = FREQUENCY.get(pattern, 1) * self.draw.ratio(2)
         return Material(pattern, first, second, frequency, self.draw.index(2**30), variation, 0.0, gloss)
@@ -155,9 +153,7 @@ def _ball(x: float, y: float, z: float, diameter: float, m: Material, **more: ob
     return part("sphere", (x, y, z + diameter / 2), (diameter,) * 3, m, **more)  # type: ignore[arg-type]
 
 
-def _legs(
-    w: float, d: float, h: float, thick: float, m: Material, round_: bool, splay: float = 0.0
-) -> list[Part]:
+def _legs(w: float, d: float, h: float, thick: float, m: Material, round_: bool, splay: float = 0.0) -> list[Part]:
     parts = []
     for sx in (-1, 1):
         for sy in (-1, 1):
@@ -246,9 +242,7 @@ def shelf(d: Draw, p: Palette) -> Item:
             wide = (w - 0.08) * d(0.4, 1.0)
             side = d.pick((-1, 1)) * (w - 0.08 - wide) / 2
             front = p.face(p.style.books)
-            spine = _block(
-                side, d(0, 0.03), z + 0.025, wide, depth * 0.7, room * d(0.7, 0.95), p.paint(), front=front
-            )
+            spine = _block(side, d(0, 0.03), z + 0.025, wide, depth * 0.7, room * d(0.7, 0.95), p.paint(), front=front)
             parts.append(spine)
         else:
             parts.extend(_clutter(d, p, w - 0.1, depth, z + 0.025, 2))
@@ -272,9 +266,7 @@ def wardrobe(d: Draw, p: Palette) -> Item:
     w, depth, h, m, knob = d(0.9, 1.8), d(0.5, 0.65), d(1.8, 2.2), p.wood(), p.metal()
     parts = [_block(0, 0, 0, w, depth, h, m)]
     for s in (-1, 1):
-        parts.append(
-            _block(s * w / 4, -depth / 2, 0.06, w / 2 - 0.02, 0.03, h - 0.1, m, front=p.face(p.style.door))
-        )
+        parts.append(_block(s * w / 4, -depth / 2, 0.06, w / 2 - 0.02, 0.03, h - 0.1, m, front=p.face(p.style.door)))
         parts.append(_block(s * 0.06, -depth / 2 - 0.03, h * 0.45, 0.02, 0.03, 0.18, knob))
     return parts, []
 
@@ -298,9 +290,7 @@ def bed(d: Draw, p: Palette) -> Item:
 def sofa(d: Draw, p: Palette) -> Item:
     """A seat, a leaning back, arms and cushions."""
     w, depth, h, m, c = d(0.8, 2.2), d(0.75, 0.95), d(0.36, 0.46), p.cloth(), p.cloth()
-    back = moved(
-        _block(0, 0, 0, w, 0.18, d(0.4, 0.55), m), rotation(0, -d(5, 15)), np.array([0, depth / 2 - 0.15, h])
-    )
+    back = moved(_block(0, 0, 0, w, 0.18, d(0.4, 0.55), m), rotation(0, -d(5, 15)), np.array([0, depth / 2 - 0.15, h]))
     parts = [_block(0, 0, 0.08, w, depth, h - 0.08, m), back]
     parts += [_block(s * (w / 2 - 0.08), 0, 0.05, 0.16, depth, h + 0.15, m) for s in (-1, 1)]
     for _ in range(d.index(3)):
@@ -436,9 +426,7 @@ def step_ladder(d: Draw, p: Palette) -> Item:
     for lean in (-15.0, 15.0):
         for s in (-1, 1):
             rail = _block(s * w / 2, 0, -h / 2, 0.04, 0.06, h, m)
-            parts.append(
-                moved(rail, rotation(0, lean), np.array([0, lean * 0.0045 * h * 2 - 0.0, h / 2 * 0.97]))
-            )
+            parts.append(moved(rail, rotation(0, lean), np.array([0, lean * 0.0045 * h * 2 - 0.0, h / 2 * 0.97])))
     return [
         *parts,
         *(_block(0, -0.27 * h * (1 - k / 5), h * k / 5, w, 0.1, 0.03, m) for k in range(1, 5)),

@@ -189,7 +189,9 @@ class _Room:
             self.parts.append(part("box", (x, y, h - 0.03), (wide * 2, wide, 0.05), glow, casts=False))
         else:
             size = (wide, wide, wide if kind == 1 else d(0.1, 0.25))
-            self.parts.append(part(("sphere", "cylinder")[kind - 1], (x, y, h - drop - size[2] / 2), size, glow, casts=False))
+            self.parts.append(
+                part(("sphere", "cylinder")[kind - 1], (x, y, h - drop - size[2] / 2), size, glow, casts=False)
+            )
             self.parts.append(part("cylinder", (x, y, h - drop / 2), (0.02, 0.02, drop), p.metal(), casts=False))
         self.lights.append(Light(np.array([x, y, h - drop - 0.05]), colour * d(1.0, 6.0)))
         self.items.append("ceiling_lamp")
@@ -266,7 +268,7 @@ def make_camera(seed: int, view: int) -> Camera:
     }
     x_max, y_max, z_max = (float(side) for side in scene.size)
     corners = np.array([[x, y, z] for x in (0, x_max) for y in (0, y_max) for z in (0, z_max)])
-    median = min(draw(1.0, 3.0), 0.45 * max(x_max, y_max))
+    median = min(draw(0.9, 3.8), 0.45 * max(x_max, y_max))
     for attempt in range(600):
         loose = 0.15 + attempt / 60
         x, y, to_x, to_y = (float(w) + draw(-loose, loose) for w in way)

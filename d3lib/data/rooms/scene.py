@@ -139,7 +139,9 @@ class Scene:
     parts: tuple[Part, ...]
     lights: tuple[Light, ...]
     ambient: Array = field(default_factory=lambda: np.full(3, 0.2))
-    path: Array = field(default_factory=lambda: np.zeros((0, 4)))  # the camera's way points on the floor, and what it looks at
+    path: Array = field(
+        default_factory=lambda: np.zeros((0, 4))
+    )  # the camera's way points on the floor, and what it looks at
     items: tuple[str, ...] = ()  # what was placed, for people and tests
 
     @cached_property
@@ -176,7 +178,7 @@ class Camera(NamedTuple):
 
 
 def look(yaw: float, pitch: float, roll: float) -> Array:
-    """Camera axes for angles in degrees: yaw 0 looks along +y and turns left; pitch > 0 looks up; roll turns the head."""
+    """Camera axes for angles in degrees: yaw 0 looks along +y, yaw > 0 more to the left; pitch > 0 up."""
     level = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])  # columns: right = x, down = -z, forward = y
     return product(rotation(2, yaw), product(rotation(0, pitch), product(level, rotation(2, roll))))
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tracer import FX, intrinsics
 from .scene import Camera
 from .textures import bell, hash2, unit, value_noise
+from .tracer import FX, intrinsics
 
 PROJECTOR, IR_CAMERA = 0.050, -0.025  # metres to the right of the RGB camera; 7.5 cm apart (NYU's calibration)
 SHIFT, SCALE = 1092.5, 351.3  # z = SCALE / (SHIFT - d), d the raw 11-bit disparity
@@ -39,7 +39,9 @@ def develop(linear: Tensor, cameras: Sequence[Camera]) -> Tensor:
     """
     size, device = (linear.shape[2], linear.shape[3]), linear.device
     grey = (linear[:, 0] + 2 * linear[:, 1] + linear[:, 2]) * 0.25
-    gain = _per_frame([c.exposure for c in cameras], device) / grey.flatten(1).median(1).values.reshape(-1, 1, 1, 1).clamp(min=1e-4)
+    gain = _per_frame([c.exposure for c in cameras], device) / grey.flatten(1).median(1).values.reshape(
+        -1, 1, 1, 1
+    ).clamp(min=1e-4)
     x, y = _grid(size, device)
     rx, ry = (x.float() + 0.5) / size[1] - 0.5, (y.float() + 0.5) / size[0] - 0.5
     fall = 1 / (1 + _per_frame([c.vignette for c in cameras], device) * 2 * (rx * rx + ry * ry))
@@ -49,7 +51,9 @@ def develop(linear: Tensor, cameras: Sequence[Camera]) -> Tensor:
     noise = bell(hash2(x, y, seed + channel * 7919)) * _per_frame([c.noise for c in cameras], device)
     signal = signal + noise * (signal.clamp(0, 1) + 0.02).sqrt()
     signal = torch.where(signal > 0.8, 0.8 + 0.2 * (1 - 0.2 / (signal - 0.6).clamp(min=0.2)), signal)  # soft shoulder
-    return _srgb_codes(device).index_select(0, (signal.clamp(0, 1) * 16383 + 0.5).int().reshape(-1)).reshape(signal.shape)
+    return (
+        _srgb_codes(device).index_select(0, (signal.clamp(0, 1) * 16383 + 0.5).int().reshape(-1)).reshape(signal.shape)
+    )
 
 
 def _srgb_codes(device: torch.device) -> Tensor:
@@ -79,8 +83,9 @@ def _hidden(exact: Tensor, offset: float, fx: float) -> Tensor:
 def kinect(exact: Tensor, cosine: Tensor, cameras: Sequence[Camera]) -> tuple[Tensor, Tensor]:
     """Depth (B, 1, H, W) metres, 0 where nothing was measured, and its valid mask, from exact depth and viewing angle.
 
-    Disparity with noise of a third of a level is rounded to whole levels. Lost are pixels that projector or infrared
-    camera cannot see, weak returns (far or grazing surfaces, in blotches), ragged edges, and what is nearer than 0.71 m.
+    Disparity with noise of a third of a level is rounded to whole levels. Lost are pixels that the projector or the
+    infrared camera cannot see, weak returns (far or grazing surfaces, in blotches), ragged edges, and what is nearer
+    than 0.71 m.
     """
     size, device = (exact.shape[2], exact.shape[3]), exact.device
     fx = intrinsics(size)[0]

@@ -107,9 +107,7 @@ def planks(s: Surface) -> tuple[Tensor, Tensor]:
     along = s.a * 0.2 + unit(hash2(row.int(), row.int(), s.seed))
     cell = _cells(s, along, s.b)
     grain = value_noise(s.a * 0.7 + unit(cell) * 40, s.b * 5, s.seed)
-    joint = torch.maximum(
-        _grout(s, along + 0 * s.b, s.b * 0 + 0.5, 0.01), _grout(s, s.a * 0 + 0.5, s.b, 0.05)
-    )
+    joint = torch.maximum(_grout(s, along + 0 * s.b, s.b * 0 + 0.5, 0.01), _grout(s, s.a * 0 + 0.5, s.b, 0.05))
     return torch.maximum(_fade(grain, 0.5, 0.3 / s.blur) * 0.6, joint), cell
 
 
@@ -168,9 +166,7 @@ def door(s: Surface) -> tuple[Tensor, Tensor]:
 
 def window(s: Surface) -> tuple[Tensor, Tensor]:
     """Sky over foliage behind panes; bars are the second colour."""
-    bars = (torch.minimum(s.ua.abs(), (s.ub + 0.1).abs()) < 0.04) | (
-        torch.maximum(s.ua.abs(), s.ub.abs()) > 0.93
-    )
+    bars = (torch.minimum(s.ua.abs(), (s.ub + 0.1).abs()) < 0.04) | (torch.maximum(s.ua.abs(), s.ub.abs()) > 0.93)
     leaves = value_noise(s.ua * 9, s.ub * 9, s.seed + 1)
     trees = s.ub < value_noise(s.ua * 2 + 9, s.ua * 0, s.seed) * 1.2 - 0.9 + 0.15 * leaves
     return torch.where(bars, 1.0, torch.where(trees, 0.4 + 0.5 * leaves, 0.0)), s.seed
@@ -197,10 +193,7 @@ def hexagons(s: Surface) -> tuple[Tensor, Tensor]:
 
 def plaid(s: Surface) -> tuple[Tensor, Tensor]:
     """Tartan: bands both ways that add up."""
-    bands = [
-        _step(_wave(x), 0.55, 2 * s.blur) * 0.4 + _step(_wave(x * 3), 0.85, 6 * s.blur) * 0.2
-        for x in (s.a, s.b)
-    ]
+    bands = [_step(_wave(x), 0.55, 2 * s.blur) * 0.4 + _step(_wave(x * 3), 0.85, 6 * s.blur) * 0.2 for x in (s.a, s.b)]
     return _fade((bands[0] + bands[1]).clamp(0, 1), 0.4, 0.6 / s.blur), s.seed
 
 

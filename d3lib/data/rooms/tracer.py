@@ -75,7 +75,7 @@ def _looks(item: Part, walls: Sequence[Material]) -> tuple[list[list[float]], li
 
 @lru_cache(maxsize=1024)
 def _scene_tables(scene: Scene) -> tuple[np.ndarray, ...]:
-    """What of a scene does not depend on the camera: centre, half, axes, inverse, outward normals, looks, kinds, seeds."""
+    """What of a scene no camera changes: centre, half, axes, inverse, `_Pack.faces`, patterns, seeds."""
     c, h, a = scene.arrays
     inverse = a.transpose(0, 2, 1) / h[:, :, None]
     normal = np.stack([-a, a], 3).transpose(0, 2, 3, 1).reshape(-1, 6, 3)  # (P, face, xyz)
@@ -164,9 +164,7 @@ def _rounds(bundle: Tensor, item: Tensor, group: int = 2**62) -> dict[int, list[
     key = bundle // group * most + rank
     order = torch.argsort(key, stable=True)
     found, counts = torch.unique_consecutive(key[order], return_counts=True)
-    pieces = zip(
-        found.tolist(), bundle[order].split(counts.tolist()), item[order].split(counts.tolist()), strict=True
-    )
+    pieces = zip(found.tolist(), bundle[order].split(counts.tolist()), item[order].split(counts.tolist()), strict=True)
     rounds: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for k, some, parts in pieces:
         rounds.setdefault(k // most, []).append((some, parts))
@@ -341,7 +339,9 @@ def _albedo(pack: _Pack, hits: _Hits, footprint: Tensor, constant: bool) -> list
     tint = mix_bits(cell)
     bright, keep = 0.5 * unit(tint, 24) - 0.75, 1 - mix
     return [
-        (look[5 + i] * keep * (1 + look[12] * (bright + unit(tint, 8 * i))).clamp(min=0.08) + look[8 + i] * mix).clamp(0, 1)
+        (look[5 + i] * keep * (1 + look[12] * (bright + unit(tint, 8 * i))).clamp(min=0.08) + look[8 + i] * mix).clamp(
+            0, 1
+        )
         for i in range(3)
     ]
 
@@ -350,11 +350,14 @@ def _dot(a: Sequence[Tensor] | Tensor, b: Sequence[Tensor] | Tensor) -> Tensor:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
-def _shadow_pairs(pack: _Pack, frame: Tensor, eye: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def _shadow_pairs(
+    pack: _Pack, frame: Tensor, eye: Tensor, low: Tensor, high: Tensor, own: Tensor
+) -> tuple[Tensor, Tensor]:
     """Pairs (bundle, part) for B bundles of shadow rays from the lights `eye` (3, B) of views `frame` (B,).
 
-    A bundle's points lie between `low` and `high` (3, B), so its rays lie in the pyramid from the light around that box:
-    left out are the parts whose bounding sphere, then whose own box, is outside one of the pyramid's sides.
+    A bundle's points lie between `low` and `high` (3, B), so its rays lie in the pyramid from the light around that
+    box: left out are the parts whose bounding sphere, then whose own box, is outside one of the pyramid's sides. Left
+    out too is the part `own` (B,) that all of a bundle's points lie on, if any: no convex part shades its lit side.
     """
     high_x, high_y, high_z = (torch.arange(8, device=frame.device) // n % 2 for n in (1, 2, 4))
     pick = torch.stack([high_x, high_y, high_z])[:, None]
@@ -388,24 +391,30 @@ def _shadow_pairs(pack: _Pack, frame: Tensor, eye: Tensor, low: Tensor, high: Te
     inside = (z - radius < reach) & (z + radius > 0)
     for n in sides:
         inside &= _dot(c, n[:, :, None]) + radius * _dot(n, n).sqrt()[:, None] > 0
-    inside = (inside | wide) & within & pack.casts.index_select(0, flat).reshape(item.shape)
+    inside = (inside | wide) & within & pack.casts.index_select(0, flat).reshape(item.shape) & (item != own[:, None])
     bundle, column = inside.nonzero(as_tuple=True)
     item = item[bundle, column]
     normal = torch.stack(sides).index_select(2, bundle)  # (4, 3, pairs)
     edges, middle = pack.edges.index_select(2, item), c[:, bundle, column]
     extent = sum(normal[:, None, i] * edges[None, :, i] for i in range(3)).abs().sum(1)
     inside = ((normal * middle).sum(1) + extent > -1e-3).all(0) | wide[bundle, 0]
+    # and of those, the ones that overlap the upright box around light and points
+    near, far = torch.minimum(low, eye) - eye, torch.maximum(high, eye) - eye
+    extent = edges.abs().sum(0) + 1e-3
+    inside &= ((middle + extent > near[:, bundle]) & (middle - extent < far[:, bundle])).all(0)
     return bundle[inside], item[inside]
 
 
-def _lit(pack: _Pack, frame: Tensor, points: list[Tensor]) -> Tensor:
-    """(L, C, R): 1 where a light reaches points, three (C, R) in views `frame` (C,); 0 in shadow."""
+def _lit(pack: _Pack, frame: Tensor, part: Tensor, points: list[Tensor]) -> Tensor:
+    """(L, C, R): 1 where a light reaches points, three (C, R), on `part` (C, R) in views `frame` (C,); 0 in shadow."""
     count, (c, r) = pack.lights.shape[1], points[0].shape
     lamps = pack.lights[frame].permute(2, 1, 0).reshape(6, -1)  # (6, L C): bundle = light * C + tile
     on = (lamps[3:].sum(0) > 0).nonzero()[:, 0]
     low, high = (torch.stack([x.amin(1) for x in points]), torch.stack([x.amax(1) for x in points]))
     tile, eye = on % c, lamps[:3].index_select(1, on)
-    bundle, item = _shadow_pairs(pack, frame[tile], eye, low.index_select(1, tile), high.index_select(1, tile))
+    own = torch.where(part.amin(1) == part.amax(1), part[:, 0], -1)
+    boxes = low.index_select(1, tile), high.index_select(1, tile)
+    bundle, item = _shadow_pairs(pack, frame[tile], eye, *boxes, own[tile])
     blocked = torch.zeros(count * c, r, device=frame.device)
     shape, block = pack.shape[item], max(1, _RAYS_AT_ONCE.get(frame.device.type, 2**16) // r)
     for name, meet in _MEET.items():
@@ -447,7 +456,7 @@ def _shade(
     shine = torch.zeros_like(corner)
     lift = 0.003 + 0.002 * depth
     lifted = [point[i] + normal[i] * lift for i in range(3)]
-    lit = _lit(pack, frame, lifted)
+    lit = _lit(pack, frame, part, lifted)
     for k in range(len(lit)):
         lamp = pack.lights[frame, k].t()[:, :, None]
         to = [lamp[i] - point[i] for i in range(3)]
