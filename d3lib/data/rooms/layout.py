@@ -66,12 +66,16 @@ class _Room:
     def place(self, parts: list[Part], lights: list[Light], name: str, wall: bool, tries: int = 8) -> bool:
         """Stand an item somewhere free, back to a wall or anywhere; False where it does not fit."""
         draw = self.draw
+        centres, edges = np.array([p.centre for p in parts]), np.array([p.axes * p.half for p in parts])
+        edges = edges.transpose(1, 0, 2).reshape(3, -1)
         for _ in range(tries):
             quarter = draw.index(4)
             yaw = 90 * quarter + (draw(-4, 4) if wall else draw(-45, 45))
             turn = rotation(2, yaw)
-            set_up = [moved(p, turn, np.zeros(3)) for p in parts]
-            low, high = _bounds(set_up)
+            spread = np.abs(product(turn, edges)).reshape(3, -1, 3)
+            spread = spread[:, :, 0] + spread[:, :, 1] + spread[:, :, 2]
+            middle = product(turn, centres.T)
+            low, high = (middle - spread).min(1), (middle + spread).max(1)
             if ((high - low)[:2] > self.size[:2] - 0.1).any():
                 continue
             shift = np.zeros(3)
@@ -83,7 +87,7 @@ class _Room:
             low, high = low + shift, high + shift
             if high[2] < self.size[2] - 0.05 and self._free(low - 0.04, high + 0.04):
                 self.taken.append((low, high))
-                self.parts.extend(moved(p, np.eye(3), shift) for p in set_up)
+                self.parts.extend(moved(p, turn, shift) for p in parts)
                 self.lights.extend(Light(product(turn, q[:, None])[:, 0] + shift, c) for q, c in lights)
                 self.items.append(name)
                 return True
@@ -276,15 +280,16 @@ def make_camera(seed: int, view: int) -> Camera:
             x, y = (float(w) for w in scene.path[-1][:2])
         x, y = (min(max(w, CLEARANCE + 0.02), side - CLEARANCE - 0.02) for w, side in ((x, x_max), (y, y_max)))
         z = draw(0.6, min(2.2, z_max - 0.57))
+        position = np.array([x, y, z])
+        if gap(scene, position) < CLEARANCE:
+            continue
         ahead = np.array([to_x - x, to_y - y, 0.0])
         ahead = ahead / np.sqrt(ahead[0] * ahead[0] + ahead[1] * ahead[1] + 1e-9)
         toward = np.array([[ahead[1], ahead[0], 0.0], [-ahead[0], ahead[1], 0.0], [0.0, 0.0, 1.0]])
         axes = product(toward, look(0.0, 14 - 44 * draw() * draw(0.4, 1), draw(-8, 8)))
-        camera = Camera(np.array([x, y, z]), axes, **style)
-        reach = corners - camera.position
+        camera = Camera(position, axes, **style)
+        reach = corners - position
         if (reach[:, 0] * axes[0, 2] + reach[:, 1] * axes[1, 2] + reach[:, 2] * axes[2, 2]).max() > FAR - 0.05:
-            continue
-        if gap(scene, camera.position) < CLEARANCE:
             continue
         if attempt >= 300 or _worth_taking(scene, camera, median - attempt / 40, 7 - attempt / 12):
             return camera

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 
+_PRIMES = 668265263, 374761393
+
+
 def mix_bits(h: Tensor) -> Tensor:
     """Scramble int32 so that every output bit depends on every input bit (the finaliser of MurmurHash3)."""
     h = (h ^ ((h >> 16) & 0xFFFF)) * -2048144789
@@ -22,7 +25,7 @@ def mix_bits(h: Tensor) -> Tensor:
 
 def hash2(i: Tensor, j: Tensor, seed: Tensor | int) -> Tensor:
     """An int32 hash of two int32 lattice coordinates and a seed."""
-    return mix_bits((i * 668265263) ^ (j * 374761393) ^ seed)
+    return mix_bits((i * _PRIMES[0]) ^ (j * _PRIMES[1]) ^ seed)
 
 
 def unit(h: Tensor, shift: int = 0) -> Tensor:
@@ -40,11 +43,11 @@ def value_noise(a: Tensor, b: Tensor, seed: Tensor | int) -> Tensor:
     a0, b0 = a.floor(), b.floor()
     fa, fb = a - a0, b - b0
     fa, fb = fa * fa * (3 - 2 * fa), fb * fb * (3 - 2 * fb)
-    i, j = a0.int(), b0.int()
-    n00, n10 = unit(hash2(i, j, seed)), unit(hash2(i + 1, j, seed))
-    n01, n11 = unit(hash2(i, j + 1, seed)), unit(hash2(i + 1, j + 1, seed))
+    i0, j0 = a0.int() * _PRIMES[0], (b0.int() * _PRIMES[1])
+    i1, j1, j0 = i0 + _PRIMES[0], (j0 + _PRIMES[1]) ^ seed, j0 ^ seed
+    n00, n10, n01, n11 = ((mix_bits(i ^ j) & 0xFF).float() for i, j in ((i0, j0), (i1, j0), (i0, j1), (i1, j1)))
     low, high = n00 + (n10 - n00) * fa, n01 + (n11 - n01) * fa
-    return low + (high - low) * fb
+    return (low + (high - low) * fb) * (1 / 255)
 
 
 class Surface(NamedTuple):
