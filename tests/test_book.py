@@ -102,8 +102,7 @@ def browser():
 
 def open_page(browser, address, width, theme):
     """Open a page; returns it once it is still, and the list of what went wrong on the way."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, reduced_motion="reduce")
-    context.add_init_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)  # a first visit
     page, faults = context.new_page(), []
     own = address[: address.index("/", 8)]  # http://host:port, or file://
     page.on("console", lambda m: faults.append(f"console: {m.text}") if m.type in ("error", "warning") else None)

@@ -357,7 +357,7 @@ def install_cell(book: Book, page: str) -> str:
         import importlib.util
 
         if importlib.util.find_spec("d3lib") is None:
-            !git clone --quiet --depth 1 --branch {release} {book.repository} d3-book
+            !git clone --quiet -c advice.detachedHead=false --depth 1 --branch {release} {book.repository} d3-book
             %pip install --quiet --no-deps ./d3-book
             %cd -q d3-book/{folder}
         import d3lib""")
