@@ -25,7 +25,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def runs_folder() -> Path:
-    """Where everything a machine makes goes: `D3LIB_RUNS` if set, else `runs` in the clone, or in the current folder."""
+    """Where all that a machine makes goes: `D3LIB_RUNS` if set, else `runs` in the clone, or in the current folder."""
     named = os.environ.get("D3LIB_RUNS")
     if named:
         return Path(named)

@@ -158,7 +158,8 @@ def fit(
     trace, start = Trace(), 0
     if checkpoint is not None and checkpoint.exists():
         start = _load_checkpoint(checkpoint, identity, net, optimiser, opponent, scaler, trace)
-    milestones = {round(steps * (i + 1) / evaluations) for i in range(min(evaluations, steps))}
+    points = min(evaluations, steps)
+    milestones = {round(steps * (i + 1) / points) for i in range(points)}
     source = batches(start)
 
     def cast() -> contextlib.AbstractContextManager[Any]:

@@ -62,18 +62,14 @@ class RoomsStore:
                 return store
         frames = rooms.frames(self.split, scenes=self.scenes, views=self.views)
         names = [f"{seed}-{view:04d}" for seed, view in frames]
-        return shards.write_store(
-            self.folder, self._rendered(frames, progress), source=self.source, names=names
-        )
+        return shards.write_store(self.folder, self._rendered(frames, progress), source=self.source, names=names)
 
     def _rendered(
         self, frames: list[tuple[int, int]], progress: Callable[[str], None] | None
     ) -> Iterator[Mapping[str, Tensor]]:
         start = time.perf_counter()
         for i in range(0, len(frames), RENDER_BATCH):
-            yield rooms.render(
-                frames[i : i + RENDER_BATCH], size=(self.height, self.width), shading=self.shading
-            )
+            yield rooms.render(frames[i : i + RENDER_BATCH], size=(self.height, self.width), shading=self.shading)
             done = min(i + RENDER_BATCH, len(frames))
             if progress is not None and (i // RENDER_BATCH % 10 == 9 or done == len(frames)):
                 rate = done / (time.perf_counter() - start)
