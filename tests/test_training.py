@@ -1,0 +1,179 @@
+"""The training loop: it learns, it repeats itself, it resumes, and it says when it diverges."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from d3lib.errors import UserError
+from d3lib.losses import build_loss
+from d3lib.models import D3Net, PatchDiscriminator
+from d3lib.training import Adversary, DivergedError, fit, pick_precision
+
+
+def scene_batch(count=2, height=64, width=96, seed=0):
+    """Smooth pictures whose depth is a simple function of their colours, with a few holes."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:1 : height * 1j, 0:1 : width * 1j]
+    a, b, c = rng.uniform(0.2, 1, (3, count, 1, 1))
+    rgb = np.stack([a * x + 0 * y, b * y + 0 * x, c * (x + y) / 2], axis=1)
+    depth = 1 + 3 * rgb[:, :1] + 2 * rgb[:, 1:2]
+    return {
+        "rgb": torch.tensor(rgb, dtype=torch.float32),
+        "depth": torch.tensor(depth, dtype=torch.float32),
+        "valid": torch.tensor(rng.uniform(size=depth.shape) > 0.1),
+    }
+
+
+def stream(start, length=1000):
+    """Batches that are a function of the step, as the loop demands."""
+    return iter([scene_batch(seed=step) for step in range(start, length)])
+
+
+def weights_of(net):
+    return torch.cat([value.double().flatten() for value in net.state_dict().values()])
+
+
+def test_one_batch_is_learnt_to_two_centimetres():
+    batch = scene_batch()
+    net = D3Net("tiny", seed=0)
+    fit(net, build_loss("l2"), lambda start: iter(lambda: batch, None), steps=500, learning_rate=1e-3)
+    fit(net, build_loss("l2"), lambda start: iter(lambda: batch, None), steps=200, learning_rate=1e-4)
+    net.train()  # the batch's own statistics, as in training: this asks whether the loop can fit, not generalise
+    with torch.no_grad():
+        error = (net(batch["rgb"]) - batch["depth"])[batch["valid"]].double().numpy()
+    assert np.sqrt(np.mean(error**2)) < 0.02
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_two_runs_with_the_same_seed_end_in_the_same_bits(adversarial):
+    ends = []
+    for _ in range(2):
+        net = D3Net("tiny", seed=3)
+        adversary = PatchDiscriminator(ndf=8, seed=3) if adversarial else None
+        fit(net, build_loss("l1"), stream, steps=5, adversary=adversary)
+        ends.append(weights_of(net))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_a_run_cut_off_and_resumed_equals_one_never_cut(adversarial, tmp_path):
+    def run(steps, checkpoint):
+        net = D3Net("tiny", seed=1)
+        adversary = PatchDiscriminator(ndf=8, seed=1) if adversarial else None
+        options = {"adversary": adversary, "checkpoint": checkpoint, "identity": "x", "evaluations": 4}
+        curve = fit(net, build_loss("l1"), stream, steps=steps, evaluate=lambda n: {"val_rms": 1.0}, **options).curve
+        return weights_of(net), curve
+
+    class CutError(Exception):
+        pass
+
+    def cut_stream(start):
+        for step, batch in enumerate(stream(start), start):
+            if step == 5:
+                raise CutError
+            yield batch
+
+    whole, curve = run(8, None)
+    path = tmp_path / "checkpoint.pt"
+    net = D3Net("tiny", seed=1)
+    adversary = PatchDiscriminator(ndf=8, seed=1) if adversarial else None
+    with contextlib.suppress(CutError):
+        fit(
+            net,
+            build_loss("l1"),
+            cut_stream,
+            steps=8,
+            adversary=adversary,
+            checkpoint=path,
+            identity="x",
+            evaluations=4,
+            evaluate=lambda n: {"val_rms": 1.0},
+        )
+    assert path.exists()
+    resumed, curve_resumed = run(8, path)
+    assert torch.equal(whole, resumed)
+    assert curve == curve_resumed
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    fit(D3Net("tiny", seed=0), build_loss("l1"), stream, steps=1, checkpoint=path, identity="a")
+    with pytest.raises(UserError, match="another run"):
+        fit(D3Net("tiny", seed=0), build_loss("l1"), stream, steps=2, checkpoint=path, identity="b")
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="delete it") as caught:
+        fit(D3Net("tiny", seed=0), build_loss("l1"), stream, steps=1, checkpoint=path, identity="a")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_with_code_inside_is_never_executed(tmp_path):
+    path, marker = tmp_path / "checkpoint.pt", tmp_path / "executed"
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    torch.save({"version": 1, "identity": "a", "step": Hostile()}, path)
+    with pytest.raises(UserError):
+        fit(D3Net("tiny", seed=0), build_loss("l1"), stream, steps=1, checkpoint=path, identity="a")
+    assert not marker.exists()
+
+
+def test_the_best_validation_error_chooses_the_weights_not_the_last():
+    errors = iter([3.0, 1.0, 2.0])
+    trace = fit(
+        D3Net("tiny", seed=0),
+        build_loss("l1"),
+        stream,
+        steps=3,
+        evaluations=3,
+        evaluate=lambda net: {"val_rms": next(errors)},
+    )
+    assert (trace.best_step, trace.best_error) == (2, 1.0)
+    assert [point["step"] for point in trace.curve] == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    with pytest.raises(DivergedError, match="diverged"):
+        fit(D3Net("tiny", seed=0), lambda p, y, m: p.mean() * float("nan"), stream, steps=1, evaluations=1)
+
+
+def test_the_discriminator_learns_to_tell_true_from_predicted_depth():
+    batch = scene_batch(4)
+    adam = {"lr": 2e-3, "betas": (0.5, 0.999)}
+    opponent = Adversary(PatchDiscriminator(ndf=8, seed=0), "paper", 10.0, adam)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    fake = torch.full_like(batch["depth"], 4.0)
+    for _ in range(40):
+        logs = opponent.learn(fake, batch, contextlib.nullcontext, scaler)
+    assert logs["d_real"] > logs["d_fake"] + 0.5
+
+
+def test_what_the_depth_network_pays_reaches_it_and_not_the_discriminator():
+    batch = scene_batch()
+    opponent = Adversary(PatchDiscriminator(ndf=8, seed=0), "paper", 10.0, {"lr": 1e-3})
+    pred = torch.full_like(batch["depth"], 4.0, requires_grad=True)
+    opponent.penalty(pred, batch).backward()
+    assert pred.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in opponent.net.parameters())
+
+
+def test_precision_auto_is_float32_on_a_cpu_and_fp16_is_refused_there():
+    assert pick_precision("auto", "cpu") == "float32"
+    with pytest.raises(UserError, match="fp16"):
+        pick_precision("fp16", "cpu")
+
+
+def test_bf16_training_stays_near_float32():
+    ends = {}
+    for precision in ("float32", "bf16"):
+        net = D3Net("tiny", seed=0)
+        curve = fit(net, build_loss("l1"), stream, steps=4, evaluations=4, precision=precision).curve
+        ends[precision] = [point["loss"] for point in curve]
+    np.testing.assert_allclose(ends["bf16"], ends["float32"], rtol=0.05)
