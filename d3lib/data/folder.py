@@ -1,15 +1,13 @@
-"""Your own RGB-D pictures: `<root>/rgb/<split>/*` and `<root>/depth/<split>/*`, paired by name or by nearest
-time.
+"""Your own RGB-D pictures: `<root>/rgb/<split>/*` and `<root>/depth/<split>/*`, paired by name or by nearest time.
 
-Colour: JPG or PNG, 8 bits. Depth: PNG or TIFF of whole numbers (`depth_scale` units per metre), TIFF or
-`.npy` of floats (metres); endings in any case. 0, NaN, infinities and anything beyond `max_depth` are
-invalid.
+Colour: JPG or PNG, 8 bits. Depth: PNG or TIFF of whole numbers (`depth_scale` units per metre), TIFF or `.npy` of
+floats (metres); endings in any case. 0, NaN, infinities and anything beyond `max_depth` are invalid.
 
-Pairing. When every name is a time (`2018-04-26T17:16:27.356719`, `1305031102.175304`,
-`d-1315166703.129542-2466101449`), a colour and a depth picture belong together if each is the other's nearest
-in time and they are at most `tolerance` seconds apart; so none is used twice, and a picture whose partner is
-missing does not take a neighbour's. Otherwise equal names (without their endings) belong together. Whatever
-is left over is reported in `strays`, and never guessed.
+Pairing. Where most names are times (`2018-04-26T17:16:27.356719`, `1305031102.175304`,
+`d-1315166703.129542-2466101449`), a colour and a depth picture belong together if each is the other's nearest in
+time and they are at most `tolerance` seconds apart; so none is used twice, and a picture whose partner is missing
+does not take a neighbour's. Elsewhere equal names (without endings) belong together. What is left over, and every
+name that two files share, is reported in `strays`: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import bisect
 import copy
 import logging
 import re
+import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,22 +65,27 @@ class FolderRGBD(torch.utils.data.Dataset):
     ) -> None:
         self.root, self.split, self.size = Path(root), split, size
         self.depth_scale, self.tolerance, self.max_depth = depth_scale, tolerance, max_depth
+        if not (depth_scale > 0 and tolerance >= 0 and max_depth > 0):
+            raise UserError(
+                f"depth_scale {depth_scale}, tolerance {tolerance}, max_depth {max_depth}: must be positive"
+            )
         if not self.root.is_dir():
             raise UserError(f"{root}: no such folder; it should hold rgb/{split}/ and depth/{split}/")
         self.strays: dict[str, str] = {}
         rgb = self._list("rgb", RGB_SUFFIXES)
         depth = self._list("depth", DEPTH_SUFFIXES)
-        times = [{stem: time_of(stem) for stem in stems} for stems in (rgb, depth)]
-        by_time = all(time is not None for stems in times for time in stems.values())
+        times = [{stem: time_of(stem) for stem in files} for files in (rgb, depth)]
+        known = [{stem: time for stem, time in side.items() if time is not None} for side in times]
+        by_time = all(2 * len(dated) > len(side) for dated, side in zip(known, times, strict=True))
         self.paired_by = "time" if by_time else "name"
         if by_time:
-            partners, apart = pair_by_time(*times, tolerance)
+            partners, apart = pair_by_time(*known, tolerance)
         else:
             partners, apart = {stem: stem for stem in rgb if stem in depth}, {}
-        missing = f"is nearest in time within {tolerance:g} s" if by_time else "has this name"
+        missing = f"is nearest in time, within {tolerance:g} s" if by_time else "has this name"
         for kind, files, used in (("depth", rgb, partners), ("colour", depth, set(partners.values()))):
             self.strays |= {str(files[stem]): f"no {kind} picture {missing}" for stem in files.keys() - used}
-        self.names = sorted(partners, key=times[0].__getitem__ if by_time else _natural)
+        self.names = sorted(partners, key=known[0].__getitem__ if by_time else _natural)
         self.pairs = [(rgb[stem], depth[partners[stem]]) for stem in self.names]
         self.report = f"{len(self.pairs)} pairs by {self.paired_by}"
         self.report += f" (at most {max(apart.values()):.3f} s apart)" if apart else ""
@@ -209,8 +213,8 @@ def read_rgb(path: str | Path) -> np.ndarray:
     """A colour picture as uint8 (3, H, W), upright by its EXIF orientation. Raises `UserError`."""
     image = _decode(path, ("JPEG", "PNG", "MPO"))
     if image.mode.startswith(("I", "F")):
-        raise UserError(f"{path}: a {image.mode} picture is not 8-bit colour; is it a depth map in the rgb folder?")
-    return np.ascontiguousarray(np.asarray(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1))
+        raise UserError(f"{path}: not 8-bit colour but mode {image.mode}; is it a depth map in the rgb folder?")
+    return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
 
 def read_depth(path: str | Path, depth_scale: float = 1000.0) -> np.ndarray:
@@ -218,49 +222,45 @@ def read_depth(path: str | Path, depth_scale: float = 1000.0) -> np.ndarray:
 
     Whole numbers are divided by `depth_scale`; floats are metres.
     """
-    values = _decode_npy(path) if Path(path).suffix.lower() == ".npy" else np.asarray(_decode(path, ("PNG", "TIFF")))
-    if values.ndim != 2:
-        raise UserError(f"{path}: depth must have one channel, this has shape {values.shape}; is it a colour picture?")
+    values = _map(path) if Path(path).suffix.lower() == ".npy" else np.asarray(_decode(path, ("PNG", "TIFF")))
+    if values.ndim != 2 or not 0 < values.size <= MAX_PIXELS:
+        raise UserError(f"{path}: shape {values.shape} is no depth map (H, W); is it a colour picture?")
     if values.dtype.itemsize == 1 or values.dtype.kind not in "uif":
         raise UserError(
-            f"{path}: {values.dtype} is no depth: an 8-bit picture has 256 levels, too few to learn from; "
+            f"{path}: depth of type {values.dtype}; an 8-bit PNG has 256 levels, too few to learn from: "
             "export 16-bit whole numbers or float metres"
         )
-    scale = depth_scale if values.dtype.kind in "ui" else 1.0
+    scale = 1.0 if values.dtype.kind == "f" else depth_scale
     depth = np.where(np.isfinite(values), values, 0).astype(np.float64) / scale
     if (depth < 0).any():
-        raise UserError(f"{path}: negative depth ({depth.min():.3g} m); mark missing pixels as 0 or NaN")
+        raise UserError(f"{path}: negative depth, {depth.min():.3g} m; mark missing pixels as 0 or NaN")
     if (depth > 0).any() and not 0.01 <= (median := float(np.median(depth[depth > 0]))) <= 100:
         fits = [guess for guess in (1000, 5000, 256, 10000, 100) if 0.2 <= median * scale / guess <= 20]
-        hint = f"depth_scale={fits[0]} would make it {median * scale / fits[0]:.2f} m" if fits else "check the file"
-        if scale == 1.0 and values.dtype.kind == "f":
-            hint = "floats must be metres"
-        raise UserError(f"{path}: median depth is {median:.4g} m at depth_scale={scale:g}; {hint}")
-    return depth.astype(np.float32)
+        unit = "as float metres" if values.dtype.kind == "f" else f"at depth_scale={scale:g}"
+        hint = f"1/{fits[0]} m would make it {median * scale / fits[0]:.3g} m" if fits else "no usual unit fits"
+        raise UserError(f"{path}: the median depth {unit} is {median:.3g} m, the wrong scale; {hint}")
+    return np.minimum(depth, np.finfo(np.float32).max).astype(np.float32)
 
 
 def _decode(path: str | Path, formats: tuple[str, ...]) -> Image.Image:
-    """A picture, decoded, if it is one of `formats` and of bounded size."""
+    """A picture, decoded and upright, if it is one of `formats` and of bounded size."""
     try:
-        with Image.open(path, formats=formats) as image:
-            if image.width * image.height <= MAX_PIXELS:
-                image.load()
-                return image
-            size = f"{image.height}x{image.width}"
-    except MemoryError:
-        raise
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=formats) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.height}x{image.width} is more than {MAX_PIXELS >> 20} million pixels")
+            return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise many kinds over a damaged file
-        raise UserError(f"{path}: not a readable {' or '.join(formats)} picture ({_one_line(error)})") from error
-    raise UserError(f"{path}: {size} pixels are more than {MAX_PIXELS >> 20} million; scale it down first")
+        raise _unreadable(path, f"{' or '.join(formats)} picture", error) from error
 
 
-def _decode_npy(path: str | Path) -> np.ndarray:
+def _map(path: str | Path) -> np.ndarray:
     """An array of a `.npy` file: mapped, so that no shape exceeds the file, and never unpickled."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy array ({_one_line(error)})") from error
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header raises many kinds
+        raise _unreadable(path, ".npy array", error) from error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _unreadable(path: str | Path, what: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).replace(str(path), "file").split())[:200] or type(error).__name__
+    return UserError(f"{path}: not a readable {what} ({reason}); export it again or take it away")
