@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import re
 import struct
 import zipfile
@@ -74,15 +75,18 @@ def test_strays_and_duplicates_are_reported_in_one_log_line_and_never_paired(tmp
     root = folder(tmp_path, ["a.png", "b.png", "b.jpg", "c.png"], ["a.png", "b.png", "d.png", "d.npy"])
     (root / "rgb" / "train" / "notes.txt").write_text("hello")
     (root / "rgb" / "train" / ".DS_Store").write_text("")
+    (root / "rgb" / "train" / "folder.png").mkdir()
+    os.mkfifo(root / "rgb" / "train" / "pipe.png")
     with caplog.at_level(logging.INFO):
         dataset = FolderRGBD(root, "train")
     assert pairs(dataset) == [("a.png", "a.png")]
     strays = {path.removeprefix(f"{root}/"): why for path, why in dataset.strays.items()}
     assert strays.keys() == {"rgb/train/b.png", "rgb/train/b.jpg", "rgb/train/c.png", "rgb/train/notes.txt",
+                             "rgb/train/folder.png", "rgb/train/pipe.png",
                              "depth/train/b.png", "depth/train/d.png", "depth/train/d.npy"}  # fmt: skip
     assert "2 files have this name" in strays["rgb/train/b.jpg"] and "no depth picture" in strays["rgb/train/c.png"]
     assert len(caplog.records) == 1 and caplog.records[0].levelno == logging.WARNING
-    assert "1 pairs by name, 7 strays" in caplog.text and dataset.report in caplog.text
+    assert "1 pairs by name, 9 strays" in caplog.text and dataset.report in caplog.text
 
 
 def test_names_that_are_times_pair_by_nearest_time_once_and_within_the_tolerance(tmp_path):
@@ -353,9 +357,6 @@ def test_unreadable_colour_is_one_line_and_so_is_depth_in_the_rgb_folder(tmp_pat
     for content in (whole.getvalue()[:300], b"", b"\xff\xd8\xff"):
         (root / "rgb" / "train" / "a.png").write_bytes(content)
         refused(lambda: FolderRGBD(root, "train")[0], "rgb/train/a.png", "not a readable")
-    (root / "rgb" / "train" / "a.png").unlink()
-    (root / "rgb" / "train" / "a.png").mkdir()
-    refused(lambda: FolderRGBD(root, "train")[0], "rgb/train/a.png", "not a readable")
 
 
 BYTES = st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=8)
@@ -403,8 +404,6 @@ def test_the_real_pairs_read_as_pillow_and_numpy_read_them(test_data, tmp_path):
     dataset = FolderRGBD(test_data / "dfd_indoor", "train")
     for index in (0, 40, 80):
         sample, (rgb, depth) = dataset[index], dataset.pairs[index]
-        assert np.array_equal(sample["rgb"], np.asarray(Image.open(rgb)).transpose(2, 0, 1))
-        assert sample["rgb"].shape == (3, 432, 645)
         assert np.array_equal(sample["rgb"], np.asarray(Image.open(rgb)).transpose(2, 0, 1))
         assert sample["rgb"].shape == (3, 432, 645)
         assert np.array_equal(sample["depth"][0], (np.asarray(Image.open(depth)) / 1000).astype(np.float32))

@@ -4,6 +4,7 @@ import concurrent.futures
 import hashlib
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import signal
@@ -341,7 +342,11 @@ def test_missing_and_truncated_files_are_named(store, tmp_path):
     file.unlink()
     with pytest.raises(UserError) as error:
         open_store(store.path)
-    one_line(error, "shard-00001.h5", "No such file")
+    one_line(error, "shard-00001.h5", "no such file")
+    os.mkfifo(file)
+    forge(store.path, change_index=lambda index: index["shards"][1].update(bytes=0))
+    with pytest.raises(UserError):  # and does not wait for the pipe
+        open_store(store.path)
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(UserError) as error:
             open_store(path)

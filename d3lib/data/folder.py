@@ -151,11 +151,11 @@ class FolderRGBD(torch.utils.data.Dataset):
             splits = sorted(path.name for path in (self.root / kind).glob("*/"))
             raise UserError(f"{folder}: no such folder" + (f"; {kind}/ has {', '.join(splits[:9])}" if splits else ""))
         stems: dict[str, list[Path]] = {}
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in suffixes and not path.name.startswith("."):
+        for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+            if path.suffix.lower() in suffixes and path.is_file():
                 stems.setdefault(path.stem, []).append(path)
-            elif not path.name.startswith("."):
-                self.strays[str(path)] = f"not one of {' '.join(suffixes)}"
+            else:
+                self.strays[str(path)] = f"not a file ending in {' '.join(suffixes)}"
         if not stems:
             raise UserError(f"{folder}: no pictures; expected {kind} files ending in {' '.join(suffixes)}")
         for paths in stems.values():

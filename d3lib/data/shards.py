@@ -128,9 +128,9 @@ def open_store(path: str | Path, *, in_memory: bool = False) -> Store:
     store = Store(path, _read_index(path / "store.json"))
     for number, shard in enumerate(store._shards):
         file = path / shard["file"]
-        with _blame(file):
-            length = file.stat().st_size
-        if length != shard["bytes"]:
+        if not file.is_file():  # nor a pipe, which would wait for ever
+            raise UserError(f"{file}: no such file; {_ADVICE}")
+        if (length := file.stat().st_size) != shard["bytes"]:
             raise UserError(f"{file}: truncated or changed, {length} of {shard['bytes']} bytes; {_ADVICE}")
         store._open(number)
     if in_memory:
