@@ -47,14 +47,14 @@ LOSSES = tuple(LABELS)  # the paper's order
 
 def l1_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Mean absolute error in metres, $\frac{1}{N}\sum_i |l_i|$, over the batch's valid pixels."""
-    y, y_hat, valid = _valid_pairs(pred, target, mask)
-    return _mean((y - y_hat).abs(), valid)
+    l_i, valid = _residuals(pred, target, mask)
+    return _mean(l_i.abs(), valid)
 
 
 def l2_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Mean square error in square metres, $\frac{1}{N}\sum_i l_i^2$, over the batch's valid pixels."""
-    y, y_hat, valid = _valid_pairs(pred, target, mask)
-    return _mean((y - y_hat) ** 2, valid)
+    l_i, valid = _residuals(pred, target, mask)
+    return _mean(l_i**2, valid)
 
 
 def eigen_loss(
@@ -94,8 +94,8 @@ def eigengrad_loss(
         pooled: sums over the whole batch, as in `eigen_loss`.
     """
     d, valid = _log_residuals(pred, target, mask)
-    dx = torch.where(valid[..., :, 1:] & valid[..., :, :-1], d.diff(dim=-1), 0)
-    dy = torch.where(valid[..., 1:, :] & valid[..., :-1, :], d.diff(dim=-2), 0)
+    dx = d.diff(dim=-1) * (valid[..., :, 1:] & valid[..., :, :-1])
+    dy = d.diff(dim=-2) * (valid[..., 1:, :] & valid[..., :-1, :])
     d, dx, dy, valid = (_per_image(x, pooled) for x in (d, dx, dy, valid))
     n = valid.sum(1)
     some = n.clamp(min=1)
@@ -110,8 +110,8 @@ def berhu_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None, c: floa
     Args:
         c: threshold in metres; None takes $0.2 \max_i |l_i|$ over the batch's valid pixels, without gradient.
     """
-    y, y_hat, valid = _valid_pairs(pred, target, mask)
-    error = (y - y_hat).abs()  # |l|
+    l_i, valid = _residuals(pred, target, mask)
+    error = l_i.abs()
     c = _threshold(error, c)
     return _mean(torch.where(error <= c, error, (error**2 + c**2) / (2 * _positive(c))), valid)
 
@@ -121,10 +121,10 @@ def huber_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None, c: floa
 
     At a fixed c this is the classic Huber loss divided by c, plus c / 2: the same minimiser, in metres.
     """
-    y, y_hat, valid = _valid_pairs(pred, target, mask)
-    error = (y - y_hat).abs()  # |l|
+    l_i, valid = _residuals(pred, target, mask)
+    error = l_i.abs()
     c = _threshold(error, c)
-    return _mean(torch.where(error >= c, error, (error**2 + c**2) / (2 * _positive(c))), valid)
+    return _mean(torch.where((error >= c) | ~valid, error, (error**2 + c**2) / (2 * _positive(c))), valid)
 
 
 def released_eigen_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -149,7 +149,7 @@ def released_eigengrad_loss(pred: Tensor, target: Tensor, mask: Tensor | None = 
     across, down = d[..., 2:] - d[..., :-2], d[..., 2:, :] - d[..., :-2, :]
     sobel_x = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]  # (B, 1, H, W)
     sobel_y = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
-    return _mean(d[..., 1:-1, 1:-1] ** 2 + sobel_x**2 + sobel_y**2, valid)
+    return _mean((d[..., 1:-1, 1:-1] ** 2 + sobel_x**2 + sobel_y**2) * valid, valid)
 
 
 def released_huber_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None, c: float | None = None) -> Tensor:
@@ -157,8 +157,8 @@ def released_huber_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None
 
     The mean over the batch's valid pixels, in square metres; c as in `berhu_loss`.
     """
-    y, y_hat, valid = _valid_pairs(pred, target, mask)
-    error = (y - y_hat).abs()  # |l|
+    l_i, valid = _residuals(pred, target, mask)
+    error = l_i.abs()
     c = _threshold(error, c)
     return _mean(torch.where(error <= c, error**2 / 2, c * (error - c / 2)), valid)
 
@@ -270,19 +270,20 @@ def _wide(x: Tensor) -> Tensor:
     return wide
 
 
-def _valid_pairs(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Give y, y_hat and the mask; invalid pixels hold 1 m in both, so that l = d = 0 there, without gradient.
-
-    They are replaced before any arithmetic: masking a NaN afterwards would leave a NaN gradient (0 x NaN).
-    """
+def _residuals(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Give l = y - y_hat, 0 without gradient at invalid pixels, and the mask."""
     mask = _check(pred, target, mask)
-    return torch.where(mask, _wide(target), 1), torch.where(mask, _wide(pred), 1), mask
+    return torch.where(mask, _wide(target) - _wide(pred), 0), mask
 
 
 def _log_residuals(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Give d = ln y - ln y_hat (0 at invalid pixels) and the mask."""
-    y, y_hat, mask = _valid_pairs(pred, target, mask)
-    return y.clamp(min=LOG_MIN).log() - y_hat.clamp(min=LOG_MIN).log(), mask
+    """Give d = ln y - ln y_hat, 0 without gradient at invalid pixels, and the mask.
+
+    Invalid pixels become 1 m before the logarithm: masked after it, a NaN there would leave a NaN gradient.
+    """
+    mask = _check(pred, target, mask)
+    y, y_hat = (torch.where(mask, _wide(x), 1).clamp(min=LOG_MIN) for x in (target, pred))
+    return y.log() - y_hat.log(), mask
 
 
 def _per_image(x: Tensor, pooled: bool) -> Tensor:
@@ -291,8 +292,8 @@ def _per_image(x: Tensor, pooled: bool) -> Tensor:
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of `values` where `valid`; 0 where nothing is."""
-    return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
+    """Mean over the valid of `values` that are 0 elsewhere; 0 if nothing is valid."""
+    return values.sum() / valid.sum().clamp(min=1)
 
 
 def _threshold(error: Tensor, c: float | None) -> Tensor:

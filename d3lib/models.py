@@ -53,7 +53,7 @@ ENCODERS = {
     "densenet121": Config(64, (6, 12, 24, 16), 32, (512, 256, 128, 64, 64), "DenseNet121_Weights.IMAGENET1K_V1"),
     "resnet50": Config(64, (3, 4, 6, 3), 0, (1024, 512, 256, 64, 64), "ResNet50_Weights.IMAGENET1K_V1"),
     # For a CPU: most of the time goes into the stem and the last decoder blocks, so these are the thinnest.
-    "tiny": Config(16, (2, 3, 4, 4), 8, (64, 32, 16, 12, 8)),
+    "tiny": Config(16, (2, 3, 4, 4), 8, (64, 32, 16, 8, 8)),
 }
 
 
