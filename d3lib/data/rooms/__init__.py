@@ -99,8 +99,12 @@ def render_views(
         raise UserError(f"rooms: unknown shading {shading!r}; choose one of {', '.join(SHADINGS)}")
     if len(size) != 2 or min(size) < 32:
         raise UserError(f"rooms: size must be (H, W) of at least 32 x 32, not {tuple(size)}")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"rooms: no such device: {device!r}; use cpu or cuda") from error
     cameras = [camera for _, camera in views]
-    linear, exact, cosine = trace(views, (int(size[0]), int(size[1])), torch.device(device), shading)
+    linear, exact, cosine = trace(views, (int(size[0]), int(size[1])), device, shading)
     depth, valid = kinect(exact, cosine, cameras)
     return {"rgb": develop(linear, cameras), "depth": depth, "valid": valid, "exact": exact}
 

@@ -43,7 +43,7 @@ class _Room:
 
     def __init__(self, draw: Draw, palette: Palette) -> None:
         self.draw, self.palette = draw, palette
-        long, short = 2.5 + 7.0 * max(draw(), draw()) * draw(0.3, 1), 2.5 + 4.0 * draw() * draw(0.3, 1)
+        long, short = 2.5 + 7.5 * max(draw(), draw()) * draw(0.4, 1), 2.5 + 5.0 * draw() * draw(0.4, 1)
         sides = (long, short) if draw() < 0.5 else (short, long)
         self.size = np.array([*sides, draw(2.2, 2.7) if draw() < 0.6 else draw(2.5, 3.8)])
         wall = palette.wall()
@@ -254,8 +254,8 @@ def _worth_taking(scene: Scene, camera: Camera, median: float, parts: float) -> 
 def make_camera(seed: int, view: int) -> Camera:
     """The camera of a view along its scene's path; height, pitch, roll and exposure are drawn independently.
 
-    A pose too close to something, with something beyond `FAR`, or of nearly nothing but a blank surface is drawn again,
-    ever further from the path.
+    From a place too close to something, with a corner beyond `FAR` ahead, or with little but a blank wall to see, the
+    camera moves and turns, ever further from the path; height, pitch and roll stay as drawn.
     """
     scene = make_scene(seed)
     draw, picture = Draw(_VIEW, seed, view), Draw(_PICTURE, seed, view)
@@ -273,20 +273,20 @@ def make_camera(seed: int, view: int) -> Camera:
     x_max, y_max, z_max = (float(side) for side in scene.size)
     corners = np.array([[x, y, z] for x in (0, x_max) for y in (0, y_max) for z in (0, z_max)])
     median = min(draw(0.9, 3.8), 0.45 * max(x_max, y_max))
+    z, head = draw(0.6, min(2.2, z_max - 0.57)), look(0.0, 8 - 40 * draw() * draw(0.4, 1), draw(-8, 8))
     for attempt in range(600):
         loose = 0.15 + attempt / 60
         x, y, to_x, to_y = (float(w) + draw(-loose, loose) for w in way)
-        if attempt >= 300:
-            x, y = (float(w) for w in scene.path[-1][:2])
+        if attempt >= 300:  # rare: the spot that was kept free, at another height
+            (x, y), z = (float(w) for w in scene.path[-1][:2]), draw(0.6, min(2.2, z_max - 0.57))
         x, y = (min(max(w, CLEARANCE + 0.02), side - CLEARANCE - 0.02) for w, side in ((x, x_max), (y, y_max)))
-        z = draw(0.6, min(2.2, z_max - 0.57))
         position = np.array([x, y, z])
         if gap(scene, position) < CLEARANCE:
             continue
         ahead = np.array([to_x - x, to_y - y, 0.0])
         ahead = ahead / np.sqrt(ahead[0] * ahead[0] + ahead[1] * ahead[1] + 1e-9)
         toward = np.array([[ahead[1], ahead[0], 0.0], [-ahead[0], ahead[1], 0.0], [0.0, 0.0, 1.0]])
-        axes = product(toward, look(0.0, 14 - 44 * draw() * draw(0.4, 1), draw(-8, 8)))
+        axes = product(toward, head)
         camera = Camera(position, axes, **style)
         reach = corners - position
         if (reach[:, 0] * axes[0, 2] + reach[:, 1] * axes[1, 2] + reach[:, 2] * axes[2, 2]).max() > FAR - 0.05:
