@@ -22,7 +22,6 @@ FX, FY, CX, CY = 518.85790117450188, 519.46961112127485, 325.58244941119034, 253
 TILE = 8  # pixels
 GRID = 2  # RGB samples per pixel and axis
 SHADINGS = ("full", "flat", "constant_albedo")
-_INF = float("inf")
 _RAYS_AT_ONCE = {"cpu": 2**16, "cuda": 2**23}
 
 
@@ -152,22 +151,19 @@ def _camera_pairs(pack: _Pack, us: Tensor, vs: Tensor) -> tuple[Tensor, Tensor]:
     return (pack.frame[item].long() * rows + row) * cols + col, item
 
 
-def _rounds(bundle: Tensor, item: Tensor, group: int = 2**62) -> dict[int, list[tuple[Tensor, Tensor]]]:
-    """Split pairs into rounds in which no bundle occurs twice, per group of `group` neighbouring bundles."""
-    if not len(bundle):
-        return {}
-    order = torch.argsort(bundle, stable=True)
-    bundle, item = bundle[order], item[order]
-    first = torch.searchsorted(bundle, bundle)
-    rank = torch.arange(len(bundle), device=bundle.device) - first
-    most = int(rank.max()) + 1
-    key = bundle // group * most + rank
-    order = torch.argsort(key, stable=True)
-    found, counts = torch.unique_consecutive(key[order], return_counts=True)
-    pieces = zip(found.tolist(), bundle[order].split(counts.tolist()), item[order].split(counts.tolist()), strict=True)
+def _rounds(tile: Tensor, item: Tensor, group: int) -> dict[int, list[tuple[Tensor, Tensor]]]:
+    """Split pairs into rounds in which no tile occurs twice, per group of `group` tiles (numbered within it)."""
     rounds: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for k, some, parts in pieces:
-        rounds.setdefault(k // most, []).append((some, parts))
+    if len(tile):
+        order = torch.argsort(tile, stable=True)
+        tile, item = tile[order], item[order]
+        rank = torch.arange(len(tile), device=tile.device) - torch.searchsorted(tile, tile)
+        most = int(rank.max()) + 1
+        key, order = torch.sort(tile // group * most + rank, stable=True)
+        found, counts = (x.tolist() for x in torch.unique_consecutive(key, return_counts=True))
+        pairs = zip((tile % group)[order].split(counts), item[order].split(counts), strict=True)
+        for k, pair in zip(found, pairs, strict=True):
+            rounds.setdefault(k // most, []).append(pair)
     return rounds
 
 
@@ -195,7 +191,7 @@ def _quadric(o: list[Tensor], d: list[Tensor]) -> Interval:
     a, b, c = sum(x * x for x in d), sum(x * y for x, y in zip(o, d, strict=True)), sum(x * x for x in o) - 1
     inside = b * b - a * c
     root, inverse = inside.clamp(min=0).sqrt(), a.reciprocal()
-    near = torch.where(inside > 0, (-b - root) * inverse, _INF)
+    near = torch.where(inside > 0, (-b - root) * inverse, float("inf"))
     return near, (root - b) * inverse
 
 
@@ -209,12 +205,6 @@ _MEET: dict[str, Callable[[list[Tensor], list[Tensor]], Interval]] = {
     "cylinder": _cylinder,
     "sphere": _quadric,
 }
-
-
-def _by_shape(pack: _Pack, bundle: Tensor, item: Tensor, group: int = 2**62) -> dict[str, dict[int, list]]:
-    shape = pack.shape[item]
-    chosen = {name: (shape == SHAPES.index(name)).nonzero()[:, 0] for name in _MEET}
-    return {name: _rounds(bundle[index], item[index], group) for name, index in chosen.items()}
 
 
 class _Tiles:
@@ -307,12 +297,12 @@ def _hits(pack: _Pack, part: Tensor, depth: Tensor, u: Tensor, v: Tensor) -> _Hi
         length = (n[0] * n[0] + n[1] * n[1] + n[2] * n[2]).sqrt()
         turns, first = _turns(q[0], q[1]), pack.faces.index_select(1, item * 6)
         ua, ub = torch.where(top, q[0], turns), torch.where(top, q[1], q[2])
-        wide, tall = first[3], first[4]
+        a, b = ua * torch.where(top, 1.0, np.pi) * first[3], ub * torch.where(top, first[3], first[4])
         look.index_copy_(1, bent, first)
         for whole, some in (
             *zip(normal, [x / length for x in n], strict=True),
             *zip(across, (ua, ub), strict=True),
-            *zip(along, (torch.where(top, ua, ua * np.pi) * wide, ub * torch.where(top, wide, tall)), strict=True),
+            *zip(along, (a, b), strict=True),
             (face, item * 6),
         ):
             whole.index_copy_(0, bent, some)
@@ -337,13 +327,9 @@ def _albedo(pack: _Pack, hits: _Hits, footprint: Tensor, constant: bool) -> list
             mix.index_copy_(0, chosen, blend)
             cell.index_copy_(0, chosen, cells)
     tint = mix_bits(cell)
-    bright, keep = 0.5 * unit(tint, 24) - 0.75, 1 - mix
-    return [
-        (look[5 + i] * keep * (1 + look[12] * (bright + unit(tint, 8 * i))).clamp(min=0.08) + look[8 + i] * mix).clamp(
-            0, 1
-        )
-        for i in range(3)
-    ]
+    bright = 0.5 * unit(tint, 24) - 0.75
+    tints = [(1 + look[12] * (bright + unit(tint, 8 * i))).clamp(min=0.08) for i in range(3)]
+    return [(look[5 + i] * (1 - mix) * tints[i] + look[8 + i] * mix).clamp(0, 1) for i in range(3)]
 
 
 def _dot(a: Sequence[Tensor] | Tensor, b: Sequence[Tensor] | Tensor) -> Tensor:
@@ -482,15 +468,14 @@ def trace(
     tiles = _Tiles(size, device)
     per_frame, pixels = tiles.rows * tiles.cols, TILE * TILE
     group = max(1, _RAYS_AT_ONCE.get(device.type, 2**16) // (tiles.samples * pixels))
-    rounds = _by_shape(pack, *_camera_pairs(pack, tiles.us, tiles.vs), group)
+    tile, item = _camera_pairs(pack, tiles.us, tiles.vs)
+    of_shape = {name: (pack.shape[item] == SHAPES.index(name)).nonzero()[:, 0] for name in _MEET}
+    rounds = {name: _rounds(tile[chosen], item[chosen], group) for name, chosen in of_shape.items()}
     out: tuple[list[Tensor], ...] = ([], [], [])
     for number, index in enumerate(torch.arange(len(views) * per_frame, device=device).split(group)):
         frame = index // per_frame
         u, v = tiles.rays(index)
-        mine = {
-            name: [(some - number * group, item) for some, item in groups.get(number, [])]
-            for name, groups in rounds.items()
-        }
+        mine = {name: groups.get(number, []) for name, groups in rounds.items()}
         depth, part = _closest(pack, pack.rooms[frame], u, v, mine)
         samples = [x[:, pixels:].contiguous() for x in (depth, part, u, v)]
         linear = _shade(pack, frame, *samples, tiles.fx, shading).unflatten(2, (tiles.samples - 1, pixels))
