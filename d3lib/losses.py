@@ -166,9 +166,9 @@ def released_huber_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None
 def discriminator_input(depth: Tensor, rgb: Tensor, mask: Tensor, max_depth: float = 10.0) -> Tensor:
     """What the discriminator sees of a picture and a depth map, true or predicted: (B, 4, H, W) in [-1, 1].
 
-    Depth (B, 1, H, W), metres from 0 to `max_depth`, and RGB (B, 3, H, W), from 0 to 1, are scaled to [-1,
-    1] and set to 0 where `mask` (B, 1, H, W, bool) is False, in the true and the predicted pair alike: else
-    the holes would tell them apart.
+    Depth (B, 1, H, W), metres from 0 to `max_depth`, and RGB (B, 3, H, W), from 0 to 1, are scaled to [-1, 1]
+    and set to 0 where `mask` (B, 1, H, W, bool) is False, in the true and the predicted pair alike: else the
+    holes would tell them apart.
     """
     seen = torch.cat([depth / (max_depth / 2) - 1, rgb * 2 - 1], dim=1)
     return torch.where(mask, seen, 0)
