@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned packages into $(VENV); the first time this takes minutes ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[batch,book,dev]"
+	@$(BIN)/python -c "import matplotlib.font_manager" # finds the fonts once, or the first page would say so
 	@touch $@
 
 reproduce: batch book ## everything: set up, run the smoke batch, build the book, show the comparison table
