@@ -93,6 +93,7 @@ def execute_notebook(source: Path, target: Path, parameters: Mapping[str, Any]) 
                 str(temporary),
                 parameters=dict(parameters),
                 kernel_name="python3",
+                language="python",
                 progress_bar=False,
                 cwd=str(source.resolve().parent),
             )

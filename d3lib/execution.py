@@ -142,6 +142,7 @@ def execute(
     """
     device = pick_device(device)
     folder = out / run.key
+    net = build_network(run)  # before the data: weights that do not fit should not cost minutes of rendering
     sources = open_sources(run, data_root, progress)
     code = provenance.code_digest(*provenance.TRAINING_CODE)
     if (folder / "record.json").is_file():
@@ -152,7 +153,7 @@ def execute(
     state = State(folder)
     state.write("running")
     try:
-        record = _train_and_score(run, sources, folder, device, code, progress)
+        record = _train_and_score(run, net, sources, folder, device, code, progress)
     except BaseException as error:
         state.write("failed", f"{type(error).__name__}: {error}".splitlines()[0])
         raise
@@ -161,11 +162,11 @@ def execute(
 
 
 def _train_and_score(
-    run: Run, sources: Sources, folder: Path, device: str, code: str, progress: Progress | None
+    run: Run, net: D3Net, sources: Sources, folder: Path, device: str, code: str, progress: Progress | None
 ) -> dict[str, Any]:
     started = time.perf_counter()
     precision = pick_precision(run.precision, device)
-    net = build_network(run).to(device, memory_format=torch.channels_last)
+    net = net.to(device, memory_format=torch.channels_last)
     adversary = PatchDiscriminator(ndf=run.ndf, seed=run.seed).to(device) if run.loss == "gan" else None
 
     def scores(name: str, network: nn.Module, limit: int | None = None) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def predict_depth(rgb: np.ndarray, weights: Path, device: str = "auto") -> tuple
     net, made = load_network(weights, device)
     height = int(made["height"])
     width = max(32, round(height * rgb.shape[2] / rgb.shape[1]))
-    small = resize_sample({"rgb": torch.from_numpy(rgb)[None]}, (height, width))["rgb"]
+    small = resize_sample({"rgb": torch.tensor(rgb)[None]}, (height, width))["rgb"]
     depth = as_predictor(net, device)(to_float(small).to(device))
     depth = functional.interpolate(depth, rgb.shape[1:], mode="bilinear")
     return depth[0, 0].cpu().numpy(), made

@@ -12,7 +12,7 @@ from typing import Any
 
 from d3lib.artefacts import read_json
 from d3lib.execution import State, baselines_path, read_record
-from d3lib.experiments import all_runs
+from d3lib.experiments import BUDGETS, all_runs
 from d3lib.provenance import TRAINING_CODE, code_digest
 
 REFERENCE = Path(__file__).resolve().parent / "reference" / "paper_results.csv"
@@ -90,7 +90,7 @@ def cell_status(paper: float, records: Iterable[Mapping[str, Any]], metric: str)
         return "not run"
     older = "" if all(map(is_current, records)) else ", older"
     runs = [record["run"] for record in records]
-    if any(run["budget"] == "smoke" for run in runs):
+    if any(run["budget"] in ("smoke", "drill") for run in runs):
         return "smoke only" + older
     if any(run["data"] != "nyu" or not run["pretrained"] for run in runs):
         return "other data" + older
@@ -129,9 +129,9 @@ def compare(budget: str, out: Path) -> list[Cell]:
 
 
 def _stands_for(run: Mapping[str, Any], number: PaperNumber) -> bool:
-    """Whether a run is our counterpart of a number. At smoke, `tiny` stands for D3-Net in Figure 2's grid."""
+    """Whether a run is our counterpart of a number. A small budget's encoder stands for D3-Net's but in Figure 5."""
     loss = "gan" if number.method == "D3-Net" else number.method
-    encoder = "tiny" if run["budget"] == "smoke" and number.item != "fig5" else number.encoder
+    encoder = number.encoder if number.item == "fig5" else BUDGETS[run["budget"]].encoder
     return (run["loss"], run["train_set"], run["encoder"], run["variant"]) == (
         loss,
         number.train_set,

@@ -239,16 +239,19 @@ def test_a_store_holds_the_same_samples(tmp_path):
         assert kept.keys() == sample.keys() and all((kept[key] == sample[key]).all() for key in kept)
 
 
-def test_the_last_pairs_by_time_are_held_out(tmp_path):
+def test_pairs_are_in_order_of_time(tmp_path):
     names = [f"2020-01-01T00:0{minute}:00.0" for minute in (3, 0, 4, 1, 2)]
     root = folder(tmp_path, [f"{name}.png" for name in names], [f"{name}5.png" for name in names])
-    dataset = FolderRGBD(root, "train")
-    train, test = dataset.hold_out(2)
-    assert [name[14:16] for name in train.names] == ["00", "01", "02"]
-    assert [name[14:16] for name in test.names] == ["03", "04"]
-    assert len(dataset) == 5 and pairs(train) + pairs(test) == pairs(dataset) and len(list(test)) == 2
-    for last in (0, 5, -1):
-        refused(lambda last=last: dataset.hold_out(last), "give 1 to 4")
+    assert [name[14:16] for name in FolderRGBD(root, "train").names] == ["00", "01", "02", "03", "04"]
+
+
+def test_a_changed_picture_changes_the_source(tmp_path):
+    root = folder(tmp_path, ["a.png"], ["a.png"])
+    before = FolderRGBD(root, "train").source
+    path = next((root / "rgb" / "train").iterdir())
+    assert FolderRGBD(root, "train").source == before
+    os.utime(path, ns=(1, 1))
+    assert FolderRGBD(root, "train").source != before
 
 
 # --- bad input ---
@@ -408,10 +411,9 @@ def test_the_real_pairs_read_as_pillow_and_numpy_read_them(test_data, tmp_path):
         assert sample["rgb"].shape == (3, 432, 645)
         assert np.array_equal(sample["depth"][0], (np.asarray(Image.open(depth)) / 1000).astype(np.float32))
         assert sample["valid"].all() and 0.3 < sample["depth"].min() and sample["depth"].max() < 10
-    train, test = FolderRGBD(test_data / "dfd_indoor", "train", size=(96, 128)).hold_out(16)
-    store = test.to_store(tmp_path / "store")
+    store = FolderRGBD(test_data / "dfd_indoor", "train", size=(96, 128)).to_store(tmp_path / "store")
     store.verify()
-    assert (len(train), len(store)) == (65, 16) and max(train.names) < min(store.names)
+    assert len(store) == 81 and list(store.names) == sorted(store.names)
 
 
 @pytest.mark.realdata

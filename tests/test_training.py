@@ -15,7 +15,7 @@ from d3lib.training import Adversary, DivergedError, fit, pick_precision
 def scene_batch(count=2, height=64, width=96, seed=0):
     """Smooth pictures whose depth is a simple function of their colours, with a few holes."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:1 : height * 1j, 0:1 : width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     a, b, c = rng.uniform(0.2, 1, (3, count, 1, 1))
     rgb = np.stack([a * x + 0 * y, b * y + 0 * x, c * (x + y) / 2], axis=1)
     depth = 1 + 3 * rgb[:, :1] + 2 * rgb[:, 1:2]

@@ -13,7 +13,6 @@ name that two files share, is reported in `strays`: nothing is guessed.
 from __future__ import annotations
 
 import bisect
-import copy
 import logging
 import re
 import warnings
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from d3lib import artefacts
 from d3lib.data.loader import resize_sample
 from d3lib.data.shards import Store, write_store
 from d3lib.errors import UserError
@@ -123,21 +123,8 @@ class FolderRGBD(torch.utils.data.Dataset):
             "kind": "folder", "name": self.root.resolve().name, "split": self.split, "pairs": len(self),
             "paired_by": self.paired_by, "tolerance": self.tolerance, "strays": len(self.strays),
             "size": self.size and list(self.size), "depth_scale": self.depth_scale, "max_depth": self.max_depth,
+            "files": artefacts.digest_json([_stamp(path) for pair in self.pairs for path in pair]),
         }  # fmt: skip
-
-    def hold_out(self, last: int) -> tuple[FolderRGBD, FolderRGBD]:
-        """Split into (all but the `last` pairs, the `last` pairs), in order of time (or of name).
-
-        For a folder with nothing but a training split. Neighbouring pictures show neighbouring places: this
-        checks that learning works, and is no evidence of generalisation. Raises `UserError` if that leaves a
-        part empty.
-        """
-        if not 0 < last < len(self):
-            raise UserError(f"{self.root}: cannot hold {last} of {len(self)} pairs out; give 1 to {len(self) - 1}")
-        parts = copy.copy(self), copy.copy(self)
-        for part, cut in zip(parts, (slice(None, -last), slice(-last, None)), strict=True):
-            part.pairs, part.names = self.pairs[cut], self.names[cut]
-        return parts
 
     def to_store(self, path: str | Path) -> Store:
         """Write all samples as a store (see `d3lib.data.shards.write_store`)."""
@@ -162,6 +149,12 @@ class FolderRGBD(torch.utils.data.Dataset):
             for path in paths if len(paths) > 1 else ():
                 self.strays[str(path)] = f"{len(paths)} files have this name; keep one"
         return {stem: paths[0] for stem, paths in stems.items() if len(paths) == 1}
+
+
+def _stamp(path: Path) -> list[Any]:
+    """What tells that a file has changed, without reading it."""
+    about = path.stat()
+    return [path.name, about.st_size, about.st_mtime_ns]
 
 
 def time_of(stem: str) -> float | None:

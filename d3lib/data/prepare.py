@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from d3lib.data import rooms, shards
 from d3lib.data.folder import FolderRGBD
 from d3lib.provenance import code_digest
 
+MEMORY = 2**31  # bytes; a store smaller than this is read once and kept in memory
+BYTES_A_PIXEL = 7  # rgb, depth and exact depth
 RENDER_BATCH = 16  # frames rendered at once; more is no faster on a CPU and costs memory
 
 
@@ -107,5 +110,8 @@ def _open_if_from(folder: Path, source: Mapping[str, Any]) -> shards.Store | Non
     """The store in `folder` if there is one and it was made from `source`."""
     if not (folder / "store.json").is_file():
         return None
-    store = shards.open_store(folder, in_memory=True)
-    return store if store.source == source else None
+    store = shards.open_store(folder)
+    if store.source != source:
+        return None
+    small = len(store) * math.prod(store.size) * BYTES_A_PIXEL < MEMORY
+    return shards.open_store(folder, in_memory=True) if small else store

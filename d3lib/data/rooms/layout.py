@@ -217,7 +217,7 @@ class _Room:
             self.hang([frame], "picture", d(0.9, 1.6), 0.0)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def make_scene(seed: int) -> Scene:
     """The scene of a seed: equal bits on every machine."""
     draw, unseen = Draw(_SCENE, seed), seed >= UNSEEN_FROM

@@ -22,7 +22,7 @@ FX, FY, CX, CY = 518.85790117450188, 519.46961112127485, 325.58244941119034, 253
 TILE = 8  # pixels
 GRID = 2  # RGB samples per pixel and axis
 SHADINGS = ("full", "flat", "constant_albedo")
-_RAYS_AT_ONCE = {"cpu": 2**16, "cuda": 2**23}
+_RAYS_AT_ONCE = {"cpu": 2**15, "cuda": 2**23}  # on a CPU few enough for its cache, and for torch to stay on one core
 
 
 def intrinsics(size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -72,7 +72,7 @@ def _looks(item: Part, walls: Sequence[Material]) -> tuple[list[list[float]], li
     return rows, kinds, seeds
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _scene_tables(scene: Scene) -> tuple[np.ndarray, ...]:
     """What of a scene no camera changes: centre, half, axes, inverse, `_Pack.faces`, patterns, seeds."""
     c, h, a = scene.arrays
@@ -402,7 +402,7 @@ def _lit(pack: _Pack, frame: Tensor, part: Tensor, points: list[Tensor]) -> Tens
     boxes = low.index_select(1, tile), high.index_select(1, tile)
     bundle, item = _shadow_pairs(pack, frame[tile], eye, *boxes, own[tile])
     blocked = torch.zeros(count * c, r, device=frame.device)
-    shape, block = pack.shape[item], max(1, _RAYS_AT_ONCE.get(frame.device.type, 2**16) // r)
+    shape, block = pack.shape[item], max(1, _RAYS_AT_ONCE.get(frame.device.type, 2**15) // r)
     for name, meet in _MEET.items():
         chosen = (shape == SHAPES.index(name)).nonzero()[:, 0]
         for some, parts in zip(bundle[chosen].split(block), item[chosen].split(block), strict=True):
@@ -460,6 +460,7 @@ def _shade(
     return torch.stack([colour[i] * light[i] + shine for i in range(3)], 1)
 
 
+@torch.no_grad()
 def trace(
     views: Sequence[tuple[Scene, Camera]], size: tuple[int, int], device: torch.device, shading: str = "full"
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -467,7 +468,7 @@ def trace(
     pack = _pack(views, device)
     tiles = _Tiles(size, device)
     per_frame, pixels = tiles.rows * tiles.cols, TILE * TILE
-    group = max(1, _RAYS_AT_ONCE.get(device.type, 2**16) // (tiles.samples * pixels))
+    group = max(1, _RAYS_AT_ONCE.get(device.type, 2**15) // (tiles.samples * pixels))
     tile, item = _camera_pairs(pack, tiles.us, tiles.vs)
     of_shape = {name: (pack.shape[item] == SHAPES.index(name)).nonzero()[:, 0] for name in _MEET}
     rounds = {name: _rounds(tile[chosen], item[chosen], group) for name, chosen in of_shape.items()}

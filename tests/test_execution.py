@@ -1,0 +1,183 @@
+"""One run from data to record: what it keeps, what it repeats, what it says of itself."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from d3lib import execution
+from d3lib.artefacts import digest_tensors, load_weights
+from d3lib.errors import UserError
+from d3lib.evaluation import load_network
+from d3lib.execution import State, execute, open_sources, read_record, score_baselines
+from d3lib.experiments import make_run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def run():
+    return make_run("drill", loss="gan", train_set="12k", steps=4, evaluations=2)
+
+
+@pytest.fixture(scope="module")
+def record(run, place):
+    return execute(run, place / "drill", place / "data", device="cpu")
+
+
+def test_a_record_says_what_was_run_on_what_by_what(record, run):
+    assert record["run"] == vars(run)
+    made = record["provenance"]
+    assert {"commit", "dirty", "code_digest", "versions", "device", "threads", "finished"} <= made.keys()
+    assert made["peak_memory_bytes"] > 10**7 and made["train_seconds"] > 0
+    assert record["data"]["train_frames"] == 4 * 2
+    assert "synthetic rooms" in record["data"]["description"]
+    assert "NYU" not in json.dumps(record["data"])
+
+
+def test_the_curve_counts_images_and_watches_the_discriminator(record):
+    assert [point["images"] for point in record["curve"]] == [16, 32]
+    assert all(
+        {"loss", "val_rms", "test_rms", "test_d1", "d_real", "d_fake"} <= point.keys() for point in record["curve"]
+    )
+
+
+def test_metrics_are_there_for_every_set_against_sensor_and_exact_depth(record):
+    for kind in ("chosen", "last"):
+        assert record["metrics"][kind].keys() == {"train", "val", "test", "unseen"}
+        for scores in record["metrics"][kind].values():
+            assert scores.keys() == {"exact", "depth"}
+            assert scores["exact"]["pooled"].keys() == scores["depth"]["per_image"].keys()
+
+
+def test_the_kept_weights_give_the_recorded_error_when_scored_by_hand(record, run, place):
+    weights = place / "drill" / run.key / "weights.safetensors"
+    assert digest_tensors(load_weights(weights)[0]) == record["weights_digest"]
+    net, made = load_network(weights)
+    assert made["encoder"] == "tiny" and "synthetic rooms" in made["trained_on"]
+    test = open_sources(run, place / "data").sets["test"]
+    squares = []
+    for i in range(len(test)):
+        sample = test[i]
+        with torch.no_grad():
+            pred = net(sample["rgb"][None].float() / 255)[0].double().numpy()
+        squares.append((np.clip(pred, 1e-3, 10) - sample["exact"].double().numpy()) ** 2)
+    by_hand = np.sqrt(np.mean(squares))
+    assert record["metrics"]["chosen"]["test"]["exact"]["pooled"]["rms"] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_model_card_and_a_few_predictions_lie_beside_the_weights(record, run, place):
+    folder = place / "drill" / run.key
+    card = (folder / "model_card.md").read_text(encoding="utf-8")
+    assert "synthetic rooms" in card and record["weights_digest"][:16] in card
+    with np.load(folder / "predictions.npz", allow_pickle=False) as kept:
+        assert kept["rgb"].dtype == np.uint8 and kept["rgb"].shape == (3, 3, 32, 48)
+        assert kept["pred"].shape == kept["depth"].shape == kept["valid"].shape == (3, 1, 32, 48)
+
+
+def test_the_same_run_in_another_place_gives_the_same_numbers_and_weights(record, run, place, tmp_path):
+    again = execute(run, tmp_path, place / "data", device="cpu")
+    assert again["metrics"] == record["metrics"]
+    assert again["weights_digest"] == record["weights_digest"]
+    assert [p | {"seconds": 0} for p in again["curve"]] == [p | {"seconds": 0} for p in record["curve"]]
+
+
+def test_a_run_done_with_other_code_is_done_again(record, run, place, monkeypatch):
+    path = place / "drill" / run.key / "record.json"
+    before = path.stat().st_mtime_ns
+    execute(run, place / "drill", place / "data", device="cpu")
+    assert path.stat().st_mtime_ns == before
+    monkeypatch.setattr(execution.provenance, "code_digest", lambda *modules, **options: "other")
+    assert execute(run, place / "drill", place / "data", device="cpu")["metrics"] == record["metrics"]
+    assert path.stat().st_mtime_ns != before
+
+
+def test_nested_training_sets_share_their_first_frames(place):
+    sources = {s: open_sources(make_run("drill", train_set=s), place / "data") for s in ("795", "12k", "230k")}
+    frames = {s: list(found.frames["train"]) for s, found in sources.items()}
+    assert frames["12k"][: len(frames["795"])] == frames["795"]
+    assert frames["230k"][: len(frames["12k"])] == frames["12k"]
+
+
+def test_baselines_are_scored_like_a_run_and_kept(run, place):
+    found = score_baselines(run, place / "drill", place / "data", device="cpu")
+    sources = open_sources(run, place / "data")
+    train, test = sources.sets["train"], sources.sets["test"]
+    depths = np.concatenate([train[i]["depth"][train[i]["valid"]].double().numpy() for i in sources.frames["train"]])
+    errors = [test[i]["exact"].double().numpy() - depths.mean() for i in range(len(test))]
+    by_hand = np.sqrt(np.mean(np.square(errors)))
+    assert found["scores"]["constant"]["test"]["exact"]["pooled"]["rms"] == pytest.approx(by_hand, rel=1e-4)
+    assert score_baselines(run, place / "drill", place / "data", device="cpu") == found
+
+
+def test_a_failed_run_says_why_and_a_killed_one_is_interrupted(tmp_path, place, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("the cable was pulled\nand more")
+
+    monkeypatch.setattr(execution, "fit", fail)
+    run = make_run("drill", seed=5)
+    with pytest.raises(RuntimeError):
+        execute(run, tmp_path, place / "data", device="cpu")
+    assert State(tmp_path / run.key).read() == ("failed", "RuntimeError: the cable was pulled")
+    (tmp_path / "x").mkdir()
+    child = os.fork()
+    if child == 0:
+        State(tmp_path / "x").write("running")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert State(tmp_path / "x").read()[0] == "interrupted"
+    assert State(tmp_path / "y").read() == ("not run", "")
+
+
+def folder_of_pairs(root, count):
+    for kind in ("rgb", "depth"):
+        (root / kind / "train").mkdir(parents=True)
+    for i in range(count):
+        name = f"2020-01-01T00:00:{i:02d}.000000"
+        Image.fromarray(np.full((32, 48, 3), i, np.uint8)).save(root / "rgb/train" / f"{name}.png")
+        Image.fromarray(np.full((32, 48), 1000 + i, np.uint16)).save(root / "depth/train" / f"{name}.png")
+
+
+def test_the_last_pairs_by_time_are_the_test_set_and_none_is_in_two_sets(tmp_path):
+    folder_of_pairs(tmp_path / "mine", 20)
+    run = make_run("drill", data=f"folder:{tmp_path / 'mine'}", hold_out=5)
+    sources = open_sources(run, tmp_path / "data")
+    assert [list(sources.frames[name]) for name in ("train", "val", "test")] == [
+        list(range(14)),
+        [14],
+        list(range(15, 20)),
+    ]
+    depths = [float(sources.sets["test"][i]["depth"].mean()) for i in sources.frames["test"]]
+    assert depths == pytest.approx([1.015, 1.016, 1.017, 1.018, 1.019])
+
+
+def test_too_few_pairs_to_hold_out_are_refused(tmp_path):
+    folder_of_pairs(tmp_path / "mine", 3)
+    with pytest.raises(UserError, match="too few"):
+        open_sources(make_run("drill", data=f"folder:{tmp_path / 'mine'}", hold_out=2), tmp_path / "data")
+
+
+def test_a_record_of_another_format_is_refused(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text('{"format": "d3lib-record", "version": 99, "digest": "", "content": {}}')
+    with pytest.raises(UserError, match="version 99"):
+        read_record(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        read_record(path)
+
+
+@pytest.mark.realdata
+def test_the_real_pairs_train_and_are_scored(test_data, tmp_path):
+    run = make_run(
+        "drill", data=f"folder:{test_data / 'dfd_indoor'}", hold_out=16, height=48, width=64, steps=3, evaluations=1
+    )
+    record = execute(run, tmp_path, tmp_path / "data", device="cpu")
+    assert record["metrics"]["chosen"]["test"]["depth"]["images"] == 16
+    assert record["data"]["train_frames"] == 59

@@ -1,0 +1,102 @@
+"""Depth from one's own picture: what is written, in which units, and what happens without weights."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d3lib.artefacts import load_weights, save_weights
+from d3lib.errors import UserError
+from d3lib.models import D3Net
+from d3lib.predict import newest_weights, parse_intrinsics, point_cloud, predict_depth, predict_picture
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "smoke" / "some-run" / "weights.safetensors"
+    made = {"encoder": "tiny", "max_depth": "10.0", "height": "64", "width": "96", "trained_on": "noise", "key": "k"}
+    save_weights(path, D3Net("tiny", seed=0).state_dict(), made)
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.jpg"
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def read_ply(path):
+    head, body = path.read_bytes().split(b"end_header\n", 1)
+    assert head.startswith(b"ply\nformat binary_little_endian 1.0\n")
+    row = np.dtype([("p", "<f4", 3), ("c", "u1", 3)])
+    points = np.frombuffer(body, row)
+    assert f"element vertex {len(points)}\n".encode() in head
+    return points
+
+
+def test_a_picture_becomes_a_coloured_map_millimetres_and_points(photo, weights, tmp_path):
+    paths = predict_picture(photo, weights, tmp_path / "to", (100, 100, 60, 45))
+    coloured, millimetres, cloud = paths
+    assert Image.open(coloured).size[0] > 500
+    depth_mm = np.asarray(Image.open(millimetres))
+    assert depth_mm.dtype == np.uint16 and depth_mm.shape == (90, 120)
+    rgb = np.asarray(Image.open(photo))
+    depth, _ = predict_depth(rgb.transpose(2, 0, 1), weights)
+    assert np.abs(depth_mm / 1000 - depth).max() <= 0.00051
+    points = read_ply(cloud)
+    assert len(points) == 90 * 120
+    # the pixel at column 10, row 20, by hand
+    x, y, z = points["p"][20 * 120 + 10]
+    assert z == depth[20, 10]
+    assert (x, y) == pytest.approx(((10 - 60) * z / 100, (20 - 45) * z / 100), rel=1e-5)
+    assert tuple(points["c"][20 * 120 + 10]) == tuple(rgb[20, 10])
+
+
+def test_without_intrinsics_there_is_no_point_cloud(photo, weights):
+    assert [path.name for path in predict_picture(photo, weights)] == ["photo_depth.png", "photo_depth_mm.png"]
+
+
+def test_wide_pictures_give_thinned_clouds():
+    rgb = np.zeros((3, 10, 1300), np.uint8)
+    points, colours = point_cloud(rgb, np.ones((10, 1300), np.float32), (1, 1, 0, 0))
+    assert len(points) == len(colours) == 4 * 434
+
+
+def test_the_newest_weights_are_used_and_their_absence_is_explained(weights, tmp_path):
+    assert newest_weights(weights.parents[2]) == weights
+    with pytest.raises(UserError, match="make batch"):
+        newest_weights(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "0,1,2,3", "1,1,nan,2", ""])
+def test_wrong_intrinsics_are_refused(text):
+    with pytest.raises(UserError, match="intrinsics"):
+        parse_intrinsics(text)
+
+
+def test_a_picture_that_is_none_is_refused(weights, tmp_path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"nothing like a picture")
+    with pytest.raises(UserError, match="bad.jpg"):
+        predict_picture(bad, weights)
+    with pytest.raises(UserError, match="missing.jpg"):
+        predict_picture(tmp_path / "missing.jpg", weights)
+
+
+def test_weights_that_do_not_fit_or_are_damaged_are_refused(photo, weights, tmp_path):
+    tensors, made = load_weights(weights)
+    other = tmp_path / "other.safetensors"
+    save_weights(other, tensors, {**made, "encoder": "resnet50"})
+    with pytest.raises(UserError, match="do not fit"):
+        predict_picture(photo, other)
+    damaged = tmp_path / "damaged.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        predict_picture(photo, damaged)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="safetensors"):
+        predict_picture(photo, cut)

@@ -1,0 +1,115 @@
+"""Numbers beside the paper's: statuses are computed by the stated rule, from records alone."""
+
+import math
+
+import numpy as np
+import pytest
+
+from d3lib import results
+from d3lib.artefacts import write_json
+from d3lib.errors import UserError
+from d3lib.execution import RECORD, RECORD_VERSION
+from d3lib.experiments import make_run
+from d3lib.provenance import TRAINING_CODE, code_digest
+from d3lib.results import cell_status, compare, paper_numbers, prediction_interval, status_text
+
+
+def record(rms, **fields):
+    """A record with one number in it, made by the code that is here."""
+    run = {"budget": "paper", "data": "nyu", "pretrained": True, "loss": "l1"} | fields
+    return {
+        "key": "k",
+        "run": run,
+        "data": {"target": "depth"},
+        "metrics": {"chosen": {"test": {"depth": {"pooled": {"rms": rms}}}}},
+        "provenance": {"code_digest": code_digest(*TRAINING_CODE)},
+    }
+
+
+def test_the_paper_column_holds_75_distinct_numbers():
+    ours = [n for n in paper_numbers() if n.item != "table2" or n.method == "D3-Net"]
+    loss = {"D3-Net": "gan"}
+    distinct = {(loss.get(n.method, n.method), n.train_set, n.encoder, n.metric) for n in ours}
+    assert len(distinct) == 75
+
+
+def test_a_prediction_interval_is_the_textbook_one():
+    mean, half = prediction_interval([1.0, 2.0, 4.0])
+    # t(0.975, 2) = 4.302653 from a printed table; s = sqrt(7/3)
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.302653 * math.sqrt(7 / 3) * math.sqrt(1 + 1 / 3), rel=1e-5)
+    assert prediction_interval([1.0]) == (1.0, math.inf)
+
+
+def test_two_in_forty_new_runs_fall_outside_the_interval():
+    rng = np.random.default_rng(0)
+    misses = 0
+    for _ in range(2000):
+        *seen, new = rng.normal(size=6)
+        mean, half = prediction_interval(seen)
+        misses += abs(new - mean) > half
+    assert misses / 2000 == pytest.approx(0.05, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("records", "status"),
+    [
+        ([], "not run"),
+        ([record(0.7, budget="smoke", data="rooms")], "smoke only"),
+        ([record(0.7, data="rooms")], "other data"),
+        ([record(0.7, pretrained=False)], "other data"),
+        ([record(0.7)], "inconclusive"),
+        ([record(0.714), record(0.712), record(0.716)], "reproduced"),
+        ([record(0.6), record(0.7), record(0.8)], "inconclusive"),
+        ([record(0.814), record(0.812), record(0.816)], "differs"),
+    ],
+)
+def test_a_status_follows_the_rule(records, status):
+    assert cell_status(0.714, records, "rms") == status
+
+
+def test_a_record_of_other_training_code_is_marked_older():
+    old = record(0.7, data="rooms")
+    old["provenance"]["code_digest"] = "0" * 64
+    assert cell_status(0.714, [old], "rms") == "other data, older"
+
+
+def test_without_any_run_every_cell_says_not_run(tmp_path):
+    cells = compare("smoke", tmp_path)
+    assert {cell.status for cell in cells} == {"not run"}
+    assert all(cell.ours is None and cell.n == 0 for cell in cells)
+    assert "23 not run" in status_text("smoke", tmp_path)
+
+
+def test_a_smoke_record_fills_exactly_its_cells(tmp_path):
+    run = make_run("smoke", loss="gan", train_set="230k")
+    row = {"rms": 1.5, "d1": 0.4, "rel": 0.3, "log10": 0.1, "rmslog": 0.2, "d2": 0.6, "d3": 0.8}
+    content = record(0.0) | {"key": run.key, "run": vars(run)}
+    content["metrics"] = {"chosen": {"test": {"depth": {"pooled": row}}}}
+    write_json(tmp_path / "smoke" / run.key / "record.json", content, format=RECORD, version=RECORD_VERSION)
+    filled = [cell for cell in compare("smoke", tmp_path) if cell.n]
+    assert {(c.paper.item, c.paper.metric) for c in filled} == {("fig2", "rms"), ("fig2", "d1")} | {
+        ("table2", metric) for metric in row
+    }
+    assert {c.status for c in filled} == {"smoke only"}
+    assert all(c.ours == row[c.paper.metric] for c in filled)
+    assert "1 done" in status_text("smoke", tmp_path)
+
+
+def test_a_damaged_record_is_named_in_one_line(tmp_path):
+    run = make_run("smoke", loss="l1", train_set="795")
+    path = tmp_path / "smoke" / run.key / "record.json"
+    write_json(path, record(0.5), format=RECORD, version=RECORD_VERSION)
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    with pytest.raises(UserError, match="digest") as caught:
+        compare("smoke", tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_tables_are_aligned_and_numbered():
+    text = results.text_table([("a", "bb"), ("ccc", "d")])
+    assert text.splitlines() == ["a    bb", "-------", "ccc  d"]
+    assert results.markdown_table([("a",), ("b",)], name="tab-x", caption="C").splitlines()[:2] == [
+        ":::{table} C",
+        ":name: tab-x",
+    ]
