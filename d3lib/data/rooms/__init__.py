@@ -6,11 +6,12 @@ devices. This is synthetic data: it mirrors the sizes of NYU Depth V2's sets, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from d3lib.errors import UserError
 
@@ -22,7 +23,7 @@ from .tracer import SHADINGS, intrinsics, trace
 __all__ = [
     "FAR", "INTERVENTIONS", "NEAR", "SHADINGS", "SPLITS", "Camera", "Light", "Material", "Scene", "frames", "hand_made",
     "intervene", "intrinsics", "look", "make_camera", "make_scene", "part", "render", "render_views", "rotation",
-    "scene_seeds",
+    "scene_seeds", "stream",
 ]  # fmt: skip
 
 # First seed and number of scenes, after NYU Depth V2: 249 training scenes (25 more for validation), 215 test scenes.
@@ -55,6 +56,31 @@ def frames(split: str, scenes: int | None = None, views: int = 1) -> list[Frame]
     if views < 1:
         raise UserError(f"rooms: views must be at least 1, not {views}")
     return [(seed, view) for view in range(views) for seed in seeds[:scenes]]
+
+
+def _check(size: tuple[int, int], shading: str) -> tuple[int, int]:
+    if shading not in SHADINGS:
+        raise UserError(f"rooms: unknown shading {shading!r}; choose one of {', '.join(SHADINGS)}")
+    if len(size) != 2 or min(size) < 32:
+        raise UserError(f"rooms: size must be (H, W) of at least 32 x 32, not {tuple(size)}")
+    return int(size[0]), int(size[1])
+
+
+def stream(
+    frames: Sequence[Frame],
+    size: tuple[int, int] = (96, 128),
+    batch_size: int = 32,
+    shading: str = "full",
+    workers: int | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Render many frames on several cores: batches as from `render`, in order, the last one perhaps smaller.
+
+    `render` itself keeps one core busy; here `workers` processes (by default one per torch thread) share the work.
+    """
+    task = partial(render, size=_check(size, shading), shading=shading)
+    chunks = [frames[i : i + batch_size] for i in range(0, len(frames), batch_size)]
+    workers = min(torch.get_num_threads() if workers is None else workers, len(chunks))
+    return iter(DataLoader(chunks, None, collate_fn=task, num_workers=workers if workers > 1 else 0))
 
 
 def render(
@@ -96,22 +122,13 @@ def render_views(
     shading: str = "full",
 ) -> dict[str, Tensor]:
     """As `render`, for scenes and cameras made by hand (`hand_made`, `part`, `Camera`, `look`)."""
-    if shading not in SHADINGS:
-        raise UserError(f"rooms: unknown shading {shading!r}; choose one of {', '.join(SHADINGS)}")
-    if len(size) != 2 or min(size) < 32:
-        raise UserError(f"rooms: size must be (H, W) of at least 32 x 32, not {tuple(size)}")
+    size = _check(size, shading)
     try:
         device = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"rooms: no such device: {device!r}; use cpu or cuda") from error
     cameras = [camera for _, camera in views]
-    size = (int(size[0]), int(size[1]))
-    if device.type == "cpu":  # a core traces one frame at a time: faster than sharing each small operation
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            traced = list(pool.map(lambda view: trace([view], size, device, shading), views))
-        linear, exact, cosine = (torch.cat(frames) for frames in zip(*traced, strict=True))
-    else:
-        linear, exact, cosine = trace(views, size, device, shading)
+    linear, exact, cosine = trace(views, size, device, shading)
     depth, valid = kinect(exact, cosine, cameras)
     return {"rgb": develop(linear, cameras), "depth": depth, "valid": valid, "exact": exact}
 
