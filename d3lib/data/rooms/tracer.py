@@ -22,7 +22,7 @@ FX, FY, CX, CY = 518.85790117450188, 519.46961112127485, 325.58244941119034, 253
 TILE = 8  # pixels
 GRID = 2  # RGB samples per pixel and axis
 SHADINGS = ("full", "flat", "constant_albedo")
-_RAYS_AT_ONCE = {"cpu": 2**15, "cuda": 2**23}  # on a CPU: fit its cache, and stay below what torch splits over threads
+_RAYS_AT_ONCE = {"cpu": 2**17, "cuda": 2**23}  # on a CPU: fit its cache, and stay below what torch splits over threads
 
 
 def intrinsics(size: tuple[int, int]) -> tuple[float, float, float, float]:
