@@ -144,7 +144,7 @@ def reproduce(
         if any((place / ".snakemake" / "locks").glob("*")):  # a killed batch; ours is the only one now
             subprocess.run([*command, "--unlock", "--quiet", "all"], env=environment, check=False)
         command += ["--cores", str(cores or os.cpu_count() or 1), "--keep-going", "--rerun-incomplete"]
-        command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "host"]
+        command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "all"]
         command += ["--dry-run"] if dry_run else []
         command += ["--profile", str(profile)] if profile else []
         print(f"{len(runs)} runs at budget {budget}; results in {place}", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,18 @@ def _bench_rooms() -> list[dict[str, Any]]:
     from d3lib.data import rooms
 
     rows = []
-    for size, count in (((96, 128), 16), ((240, 320), 4)):
+    for size, count in (((96, 128), 64), ((240, 320), 16)):
         frames = rooms.frames("train", scenes=count)
-        name = f"rooms, {size[0]}x{size[1]}"
-        rows.append(_rate(name, "frames/s", count, lambda frames=frames, size=size: rooms.render(frames, size=size)))
+        work = partial(_render_all, frames, size)
+        rows.append(_rate(f"rooms, {size[0]}x{size[1]}", "frames/s", count, work))
     return rows
+
+
+def _render_all(frames: list[tuple[int, int]], size: tuple[int, int]) -> None:
+    from d3lib.data import rooms
+
+    for _ in rooms.stream(frames, size, batch_size=8):
+        pass
 
 
 def _bench_train() -> list[dict[str, Any]]:

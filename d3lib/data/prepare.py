@@ -18,7 +18,7 @@ from d3lib.provenance import code_digest
 
 MEMORY = 2**31  # bytes; a store smaller than this is read once and kept in memory
 BYTES_A_PIXEL = 7  # rgb, depth and exact depth
-RENDER_BATCH = 16  # frames rendered at once; more is no faster on a CPU and costs memory
+RENDER_BATCH = 16  # frames a process renders at once; more is no faster on a CPU and costs memory
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,12 @@ class RoomsStore:
     def _rendered(
         self, frames: list[tuple[int, int]], progress: Callable[[str], None] | None
     ) -> Iterator[Mapping[str, Tensor]]:
-        start = time.perf_counter()
-        for i in range(0, len(frames), RENDER_BATCH):
-            yield rooms.render(frames[i : i + RENDER_BATCH], size=(self.height, self.width), shading=self.shading)
-            done = min(i + RENDER_BATCH, len(frames))
-            if progress is not None and (i // RENDER_BATCH % 10 == 9 or done == len(frames)):
+        start, done = time.perf_counter(), 0
+        size = (self.height, self.width)
+        for batch in rooms.stream(frames, size, RENDER_BATCH, self.shading):
+            yield batch
+            done += len(batch["rgb"])
+            if progress is not None and (done // RENDER_BATCH % 10 == 0 or done == len(frames)):
                 rate = done / (time.perf_counter() - start)
                 progress(f"{self.folder.name}: {done}/{len(frames)} frames, {rate:.1f} frames/s")
 
