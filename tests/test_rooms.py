@@ -274,7 +274,7 @@ def test_the_picture_holds_no_trace_of_the_holes(monkeypatch):
     chosen = rooms.frames("train", scenes=3)
     before = rooms.render(chosen, SIZE)
     monkeypatch.setattr(sensor, "PROJECTOR", 0.3)
-    monkeypatch.setattr(sensor, "WEAKEST", 0.2)
+    monkeypatch.setattr(sensor, "WEAKEST", 0.02)
     after = rooms.render(chosen, SIZE)
     assert (before["valid"] != after["valid"]).float().mean() > 0.05
     assert torch.equal(before["rgb"], after["rgb"]) and torch.equal(before["exact"], after["exact"])

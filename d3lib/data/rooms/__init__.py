@@ -75,12 +75,13 @@ def stream(
 ) -> Iterator[dict[str, Tensor]]:
     """Render many frames on several cores: batches as from `render`, in order, the last one perhaps smaller.
 
-    `render` itself keeps one core busy; here `workers` processes (by default one per torch thread) share the work.
+    `workers` processes (by default one per torch thread) share the work, one core each: tracing is many small
+    operations, which several threads only slow down.
     """
     task = partial(render, size=_check(size, shading), shading=shading)
     chunks = [frames[i : i + batch_size] for i in range(0, len(frames), batch_size)]
     workers = min(torch.get_num_threads() if workers is None else workers, len(chunks))
-    return iter(DataLoader(chunks, None, collate_fn=task, num_workers=workers if workers > 1 else 0))
+    return iter(DataLoader(chunks, None, collate_fn=task, num_workers=workers))
 
 
 def render(

@@ -19,7 +19,7 @@ from .tracer import FX, intrinsics
 PROJECTOR, IR_CAMERA = 0.050, -0.025  # metres to the right of the RGB camera; 7.5 cm apart (NYU's calibration)
 SHIFT, SCALE = 1092.5, 351.3  # z = SCALE / (SHIFT - d), d the raw 11-bit disparity
 LOWEST = 600  # smaller disparities (0.71 m) are dropped, as NYU's toolbox does
-WEAKEST = 0.016  # a return cos(angle) / z² (1/m²) below this is lost,
+WEAKEST = 0.0017  # a return cos(angle) / z³ (1/m³) below about this is lost (from 7 m on, head-on),
 FLATTEST = 0.1  # and so is a surface seen under a cosine below this
 
 
@@ -96,7 +96,7 @@ def kinect(exact: Tensor, cosine: Tensor, cameras: Sequence[Camera]) -> tuple[Te
     level = (SHIFT - SCALE / exact + bell(random) * 0.33).round()
     blotch = value_noise(x.float() * (FX / fx / 14), y.float() * (FX / fx / 14), seed + 1)
     luck = 0.55 + 0.6 * blotch + 0.5 * unit(random, 12)
-    weak = (cosine / (exact * exact) < WEAKEST * luck) | (cosine < FLATTEST * luck)
+    weak = (cosine / (exact * exact * exact) < WEAKEST * luck) | (cosine < FLATTEST * luck)
     edge = torch.zeros_like(weak)
     jump = (exact[..., 1:] - exact[..., :-1]).abs() > 0.06 * exact[..., 1:]
     edge[..., 1:] |= jump
