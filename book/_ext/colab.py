@@ -10,6 +10,7 @@ import ast
 import hashlib
 import itertools
 import json
+import posixpath
 import re
 import textwrap
 from collections import Counter
@@ -261,10 +262,14 @@ class Converter:
     def _link(self, match: re.Match) -> str:
         page, label, text = match["page"], match["label"], match["text"]
         if page:
-            return self.book.link((Path(self.page).parent / page).as_posix().removesuffix(".md"), text)
+            return self.book.link(self._resolved(page), text)
         if label in self.book.targets:
             return text or self.book.targets[label].shown(self.page, self.book)
         return text
+
+    def _resolved(self, path: str) -> str:
+        """The page, from the book's folder, that `path` names as seen from this one."""
+        return posixpath.normpath((Path(self.page).parent / path).as_posix()).removesuffix(".md")
 
     def _role(self, match: re.Match) -> str:
         name, text = match["name"], match["text"]
@@ -277,7 +282,7 @@ class Converter:
                     raise ValueError(f"book/{self.page}.md: {match[0]} names a label that no page has")
                 return title or self.book.targets[label].shown(self.page, self.book)
             case "doc":
-                return self.book.link((Path(self.page).parent / label).as_posix().removesuffix(".md"), title or "")
+                return self.book.link(self._resolved(label), title or "")
             case "math":
                 return f"${text}$"
             case "sub" | "sup" | "kbd":
