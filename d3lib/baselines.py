@@ -28,13 +28,13 @@ Batch = Mapping[str, Tensor]  # rgb float (B, 3, H, W) in [0, 1], depth (B, 1, H
 MakeBatches = Callable[[], Iterable[Batch]]  # starts a finite pass over the training set
 Predictor = Callable[[Tensor], Tensor]  # RGB float (B, 3, H, W) -> metres (B, 1, H, W)
 
-STEPS = 300  # of Adam, for each of the small networks
+STEPS = 300  # of Adam, for each of the small networks, unless told otherwise
 WIDTH = 24  # their channels
 THUMBNAIL = (12, 16)  # nearest: grey pixels compared
 LIBRARY = 4000  # nearest: at most so many training pictures, the first
 
 
-def fit_baseline(name: str, batches: MakeBatches, seed: int = 0) -> Predictor:
+def fit_baseline(name: str, batches: MakeBatches, seed: int = 0, steps: int = STEPS) -> Predictor:
     """Fit one of `BASELINES`.
 
     Args:
@@ -42,28 +42,29 @@ def fit_baseline(name: str, batches: MakeBatches, seed: int = 0) -> Predictor:
         batches: called for each pass over the training set; gives batches of `rgb`, `depth` and `valid`,
             all of one size and on one device, on which the predictor then works too.
         seed: initial weights of the small networks.
+        steps: of Adam, for the small networks.
 
     Raises:
         UserError: unknown name, or a training set without a valid pixel.
     """
     if name not in BASELINES:
         raise UserError(f"unknown baseline {name!r}; choose from {', '.join(BASELINES)}")
-    return BASELINES[name](batches, seed)
+    return BASELINES[name](batches, seed, steps)
 
 
-def fit_constant(batches: MakeBatches, seed: int = 0) -> Predictor:
+def fit_constant(batches: MakeBatches, seed: int = 0, steps: int = 0) -> Predictor:
     """The mean of all valid training depths, everywhere."""
     mean = _mean_map(batches)[1]
     return lambda rgb: mean.expand(len(rgb), 1, *rgb.shape[2:])
 
 
-def fit_mean_map(batches: MakeBatches, seed: int = 0) -> Predictor:
+def fit_mean_map(batches: MakeBatches, seed: int = 0, steps: int = 0) -> Predictor:
     """The mean of each pixel's valid training depths; the mean of all where a pixel never had one."""
     mean_map = _mean_map(batches)[0]
     return lambda rgb: _resize(mean_map, rgb).expand(len(rgb), -1, -1, -1)
 
 
-def fit_nearest(batches: MakeBatches, seed: int = 0) -> Predictor:
+def fit_nearest(batches: MakeBatches, seed: int = 0, steps: int = 0) -> Predictor:
     """The depth of the training picture whose grey thumbnail is nearest (L2); its holes hold the mean map."""
     mean_map = _mean_map(batches)[0]
     thumbnails, depths, count = [], [], 0
@@ -109,15 +110,15 @@ class PatchNet(nn.Module):
         return F.interpolate(self.layers(rgb), scale_factor=2, mode="nearest")[..., :height, :width]
 
 
-def fit_network(batches: MakeBatches, seed: int, *, make: Callable[[], nn.Module]) -> Predictor:
-    """Train a small network for `STEPS` steps of Adam on L1, from the mean depth, with the rate falling to zero."""
+def fit_network(batches: MakeBatches, seed: int, steps: int, *, make: Callable[[], nn.Module]) -> Predictor:
+    """Train a small network for `steps` steps of Adam on L1, from the mean depth, with the rate falling to zero."""
     mean = _mean_map(batches)[1]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = make().to(mean.device)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
-    for _, batch in zip(range(STEPS), _forever(batches), strict=False):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _, batch in zip(range(steps), _forever(batches), strict=False):
         loss = l1_loss(mean + net(batch["rgb"]), batch["depth"], batch["valid"])
         optimiser.zero_grad()
         loss.backward()
@@ -127,7 +128,7 @@ def fit_network(batches: MakeBatches, seed: int, *, make: Callable[[], nn.Module
     return torch.no_grad()(lambda rgb: mean + net(rgb))
 
 
-BASELINES: dict[str, Callable[[MakeBatches, int], Predictor]] = {
+BASELINES: dict[str, Callable[[MakeBatches, int, int], Predictor]] = {
     "constant": fit_constant,
     "mean_map": fit_mean_map,
     "coordinates": partial(fit_network, make=CoordinateNet),

@@ -18,6 +18,7 @@ from d3lib.errors import UserError
 from d3lib.experiments import all_runs
 
 SNAKEFILE = Path(__file__).resolve().parent / "workflow" / "Snakefile"
+NOISE = ("Kernel is running over TCP without encryption", "Passed unknown parameter")
 KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "None": type(None)}
 
 
@@ -148,7 +149,13 @@ def reproduce(
         command += ["--dry-run"] if dry_run else []
         command += ["--profile", str(profile)] if profile else []
         print(f"{len(runs)} runs at budget {budget}; results in {place}", flush=True)
-        code = subprocess.run(command, env=environment, check=False).returncode
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        for line in process.stdout or ():
+            if not any(noise in line for noise in NOISE):
+                print(line, end="", flush=True)
+        code = process.wait()
     return 1 if code else 0
 
 

@@ -88,6 +88,11 @@ def build_parser() -> Parser:
     notebook.add_argument("--parameters", default="{}", metavar="JSON", help="a JSON object, or a file that holds one")
     notebook.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs")
 
+    gate = _command(commands, "gate", _gate, "measure whether the rooms are fit for a study, and keep the outcome")
+    gate.add_argument("--record", type=Path, required=True, metavar="JSON", help="where to keep the outcome")
+    _add_run_flags(gate)
+    _add_places(gate)
+
     bench = _command(commands, "bench", _bench, "measure speed against named baselines, in one run")
     bench.add_argument("what", nargs="?", default="all", help="rooms, train, or all (default: all)")
     bench.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -216,6 +221,18 @@ def _notebook(options: argparse.Namespace) -> None:
     parameters = read_parameters(options.parameters, options.pairs)
     execute_notebook(options.source, options.target, parameters)
     print(options.target)
+
+
+def _gate(options: argparse.Namespace) -> None:
+    from d3lib.gate import measure_gate, write_gate
+    from d3lib.training import progress_line
+
+    run = _run_of(options)
+    data = options.out / "data"
+    content = measure_gate(run, options.out / run.budget, data, device=options.device, progress=progress_line())
+    write_gate(options.record, content)
+    for name, value in content["measured"].items():
+        print(f"{name:<10} {value:.3f}  {'passed' if content['outcome'][name] else 'not passed'}")
 
 
 def _bench(options: argparse.Namespace) -> None:

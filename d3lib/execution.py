@@ -41,6 +41,8 @@ from d3lib.training import fit, pick_device, pick_precision
 
 BASELINE_CODE = ("d3lib.baselines", "d3lib.metrics", "d3lib.data.loader")
 RECORD, RECORD_VERSION = "d3lib-record", 1
+EVAL_BATCH = 16  # images predicted at once
+BASELINE_STEPS = 600  # of the small networks among the baselines, at most
 CURVE_FRAMES = 64  # frames of a set that a point of the learning curve is computed on
 PREDICTIONS = 4  # test pictures kept with a run
 Progress = Callable[[str], None]
@@ -59,7 +61,9 @@ class Sources:
     def batches(self, name: str, run: Run, device: str, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
         """Evaluation batches of the named set, in order, at the run's size; at most `limit` frames."""
         size = (run.height, run.width)
-        return eval_batches(self.sets[name], frames=self.frames[name][:limit], batch_size=16, size=size, device=device)
+        return eval_batches(
+            self.sets[name], frames=self.frames[name][:limit], batch_size=EVAL_BATCH, size=size, device=device
+        )
 
 
 def stores_of(run: Run, data_root: Path) -> dict[str, RoomsStore]:
@@ -392,11 +396,13 @@ def score_baselines(
         if (found["provenance"]["code_digest"], found["data_digest"]) == (code, sources.digest):
             return found
     targets = ("exact", "depth") if sources.target == "exact" else ("depth",)
+    # the small networks see as many images as the run does, up to where they have learnt what they can
+    steps = max(1, min(BASELINE_STEPS, run.images // EVAL_BATCH))
     scores = {}
     for name in BASELINES:
         if progress is not None:
             progress(f"baseline {name} on {path.stem}")
-        fitted = fit_baseline(name, lambda: sources.batches("train", run, device), seed=run.seed)
+        fitted = fit_baseline(name, lambda: sources.batches("train", run, device), run.seed, steps)
         scores[name] = {
             part: evaluate(fitted, sources.batches(part, run, device), targets=targets)
             for part in sources.sets
