@@ -50,7 +50,7 @@ def build_parser() -> Parser:
     rooms.add_argument("--views", type=int, default=1, help="frames of each scene (default: 1)")
     rooms.add_argument("--size", type=_size, default=(96, 128), metavar="HxW", help="default: 96x128")
     rooms.add_argument("--out", type=Path, default=runs_folder(), help="where results go (default: runs)")
-    rooms.add_argument("--shading", default="full", help="full, flat or albedo (an intervention; default: full)")
+    rooms.add_argument("--shading", default="full", help="full, flat or constant_albedo (default: full)")
     verify = _command(data, "verify", _data_verify, "check every byte of a store against its digests")
     verify.add_argument("store", type=Path, help="the store's folder")
 

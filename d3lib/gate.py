@@ -101,6 +101,22 @@ def _pooled(scores: Mapping[str, Any], target: str = "exact") -> dict[str, float
     return scores[target]["pooled"]
 
 
+def gate_rows(content: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
+    """The rule beside what was measured, as rows of text with their head; "not run" without a measurement."""
+    rules = {
+        "d1": ("δ < 1.25 on test scenes, middle set", f"{D1_RANGE[0]:.2f} to {D1_RANGE[1]:.2f}"),
+        "overfit": ("test RMSE / training RMSE, small set", f"at least {OVERFIT}"),
+        "baseline": ("best baseline's RMSE / the network's", f"at least {BASELINE}"),
+    }
+    rows = [("what", "asked", "measured", "holds")]
+    for name, (what, asked) in rules.items():
+        if content is None:
+            rows.append((what, asked, "not run", "not run"))
+        else:
+            rows.append((what, asked, f"{content['measured'][name]:.3f}", "yes" if content["outcome"][name] else "no"))
+    return rows
+
+
 def write_gate(path: Path, content: Mapping[str, Any]) -> None:
     """Keep the gate's numbers."""
     write_json(path, content, format=GATE, version=GATE_VERSION)
