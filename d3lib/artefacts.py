@@ -6,6 +6,7 @@ Every JSON artefact is `{"format": name, "version": int, "digest": sha256 of the
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -68,6 +69,22 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         temporary.open(mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file,
     ):
         yield file
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file `path`, which the system releases however the process ends.
+
+    Two processes never hold it at once: the second waits, or with `wait=False` gets a `UserError`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise UserError(f"{path.parent}: another process is working there; wait for it to end") from error
+        yield
 
 
 def canonical_json(content: Any) -> str:

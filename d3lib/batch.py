@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d3lib.artefacts import PROJECT, atomic_path, atomic_write
+from d3lib.artefacts import PROJECT, atomic_path, atomic_write, locked
 from d3lib.errors import UserError
 from d3lib.experiments import all_runs
 
@@ -123,7 +121,7 @@ def reproduce(
         raise UserError(f"{PROJECT / 'book'}: the notebooks are not there; run from a clone of the repository")
     place = out.resolve() / budget
     plan = place / "plan.json"
-    with _only_batch(place):
+    with locked(place / ".batch.lock", wait=False):
         with atomic_write(plan) as file:
             places = {
                 "out": str(place),
@@ -157,15 +155,3 @@ def reproduce(
                 print(line, end="", flush=True)
         code = process.wait()
     return 1 if code else 0
-
-
-@contextlib.contextmanager
-def _only_batch(place: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system releases however the process ends."""
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / ".batch.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{place}: another batch is working there; wait for it to end") from error
-        yield

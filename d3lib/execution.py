@@ -24,6 +24,7 @@ from d3lib.artefacts import (
     digest_json,
     digest_tensors,
     load_weights,
+    locked,
     read_json,
     save_weights,
     write_json,
@@ -149,20 +150,20 @@ def execute(
     net = build_network(run)  # before the data: weights that do not fit should not cost minutes of rendering
     sources = open_sources(run, data_root, progress)
     code = provenance.code_digest(*provenance.TRAINING_CODE)
-    if (folder / "record.json").is_file():
-        record = read_record(folder / "record.json")
-        if (record["provenance"]["code_digest"], record["data"]["digest"]) == (code, sources.digest):
-            return record
-    folder.mkdir(parents=True, exist_ok=True)
-    state = State(folder)
-    state.write("running")
-    try:
-        record = _train_and_score(run, net, sources, folder, device, code, progress)
-    except BaseException as error:
-        state.write("failed", f"{type(error).__name__}: {error}".splitlines()[0])
-        raise
-    state.write("done")
-    return record
+    with locked(folder / ".lock"):  # two processes with the same run: the second finds the first one's record
+        if (folder / "record.json").is_file():
+            record = read_record(folder / "record.json")
+            if (record["provenance"]["code_digest"], record["data"]["digest"]) == (code, sources.digest):
+                return record
+        state = State(folder)
+        state.write("running")
+        try:
+            record = _train_and_score(run, net, sources, folder, device, code, progress)
+        except BaseException as error:
+            state.write("failed", f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
+        state.write("done")
+        return record
 
 
 def _train_and_score(
@@ -279,18 +280,15 @@ class State:
 
     def read(self) -> tuple[str, str]:
         """(state, error); a run said to be running whose process is gone is "interrupted"."""
-        if (self.folder / "record.json").is_file():
-            return "done", ""
         try:
             found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
             state, error, pid = found["state"], found["error"], int(found["pid"])
         except (OSError, ValueError, KeyError, TypeError):
-            return "not run", ""
+            state, error, pid = "done", "", 0
+        if state == "done":
+            return ("done" if (self.folder / "record.json").is_file() else "not run"), ""
         if state == "running" and not _alive(pid):
-            return (
-                "interrupted",
-                "its process ended without a record; run it again to continue from its checkpoint",
-            )
+            return "interrupted", "its process ended without a record; run it again to continue from its checkpoint"
         return state, error
 
 

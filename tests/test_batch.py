@@ -1,11 +1,11 @@
 """Notebooks with checked parameters, and the batch that runs them."""
 
-import fcntl
 import json
 
 import jupytext
 import pytest
 
+from d3lib.artefacts import locked
 from d3lib.batch import check_parameters, declared_parameters, execute_notebook, read_parameters, reproduce
 from d3lib.errors import UserError
 from d3lib.execution import read_record
@@ -118,9 +118,6 @@ def test_a_small_batch_runs_and_repeats_only_what_is_lost(tmp_path):
 
 
 def test_two_batches_in_one_place_do_not_mix(tmp_path):
-    place = tmp_path / "drill"
-    place.mkdir()
-    with (place / ".batch.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another batch"):
+    with locked(tmp_path / "drill" / ".batch.lock"):
+        with pytest.raises(UserError, match="another process"):
             reproduce("drill", out=tmp_path)

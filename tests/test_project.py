@@ -22,6 +22,12 @@ LAYERS = [
     {"errors", "artefacts", "provenance"},
     {"data", "losses", "metrics", "models"},
     {"training", "evaluation", "baselines"},
+    {"experiments"},
+    {"execution"},
+    {"results", "gate", "batch"},
+    {"figures"},
+    {"predict", "bench"},
+    {"cli", "__main__"},
 ]
 TENSORS_ONLY = {"losses", "metrics", "models"}
 

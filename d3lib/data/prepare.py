@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d3lib.artefacts import digest_json
+from d3lib.artefacts import digest_json, locked
 from d3lib.data import rooms, shards
 from d3lib.data.folder import FolderRGBD
 from d3lib.provenance import code_digest
@@ -99,12 +99,10 @@ class FolderStore:
     def open(self, progress: Callable[[str], None] | None = None) -> shards.Store:
         """The store, made first if it is missing or a picture has changed. Raises `UserError` for unfit pictures."""
         pairs = FolderRGBD(self.pictures, self.split, size=(self.height, self.width))
-        store = _open_if_from(self.folder, pairs.source)
-        if store is not None:
-            return store
         if progress is not None:
             progress(f"{self.pictures}: {pairs.report}")
-        return pairs.to_store(self.folder)
+        with locked(self.root / f".{self.folder.name}.lock"):
+            return _open_if_from(self.folder, pairs.source) or pairs.to_store(self.folder)
 
 
 def _open_if_from(folder: Path, source: Mapping[str, Any]) -> shards.Store | None:

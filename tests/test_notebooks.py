@@ -1,0 +1,30 @@
+"""Every executable page of the book runs through papermill at the smoke budget, as the batch and Colab run them."""
+
+import json
+
+import jupytext
+import pytest
+import yaml
+
+from d3lib.artefacts import PROJECT
+from d3lib.batch import declared_parameters, execute_notebook
+
+BOOK = PROJECT / "book"
+TOC = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
+PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
+NOTEBOOKS = [page for page in PAGES if "{code-cell}" in (BOOK / f"{page}.md").read_text(encoding="utf-8")]
+
+
+def test_the_book_has_its_chapters():
+    assert {"intro", "data/rooms", "losses/l1_l2", "network/d3net", "experiments/results"} <= set(NOTEBOOKS)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("book")  # beside the book's own build, which executes the same pages
+@pytest.mark.parametrize("page", NOTEBOOKS)
+def test_a_page_runs_through_papermill(page, tmp_path):
+    source, target = BOOK / f"{page}.md", tmp_path / "page.ipynb"
+    parameters = {"budget": "smoke"} if "budget" in declared_parameters(jupytext.read(source)) else {}
+    execute_notebook(source, target, parameters)
+    cells = [cell for cell in json.loads(target.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in cells if "".join(cell["source"]).strip())
