@@ -16,7 +16,11 @@ from d3lib.errors import UserError
 from d3lib.experiments import all_runs
 
 SNAKEFILE = Path(__file__).resolve().parent / "workflow" / "Snakefile"
-NOISE = ("Kernel is running over TCP without encryption", "Passed unknown parameter")
+NOISE = (  # lines that say nothing about the work; all else, errors above all, is passed on
+    *("Assuming unrestricted", "Building DAG", "Using shell", "Provided cores", "Rules claiming", "Complete log"),
+    *("Select jobs to execute", "Execute ", "Elapsed time", "Passed unknown parameter"),
+    "Kernel is running over TCP without encryption",
+)
 KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "None": type(None)}
 
 
@@ -138,12 +142,14 @@ def reproduce(
             "--directory",
             str(place),
         ]
-        command += ["--configfile", str(plan)]
+        command += ["--configfile", str(plan), "--cores", str(cores or os.cpu_count() or 1)]
         environment = os.environ | {"D3LIB_RUNS": str(out.resolve())}
         if any((place / ".snakemake" / "locks").glob("*")):  # a killed batch; ours is the only one now
-            subprocess.run([*command, "--unlock", "--quiet", "all"], env=environment, check=False)
-        command += ["--cores", str(cores or os.cpu_count() or 1), "--keep-going", "--rerun-incomplete"]
-        command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "all"]
+            subprocess.run(
+                [*command, "--unlock", "--quiet", "rules", "host", "progress", "reason"], env=environment, check=False
+            )
+        command += ["--keep-going", "--rerun-incomplete"]
+        command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "host", "progress", "reason"]
         command += ["--dry-run"] if dry_run else []
         command += ["--profile", str(profile)] if profile else []
         print(f"{len(runs)} runs at budget {budget}; results in {place}", flush=True)

@@ -37,8 +37,7 @@ def use_style() -> None:
 
     plt.rcParams.update(
         {
-            "figure.dpi": 110,
-            "savefig.dpi": 160,
+            "figure.dpi": 140,
             "figure.facecolor": "white",
             "font.size": 11,
             "axes.spines.top": False,
@@ -57,6 +56,7 @@ def show_depth(axes: Axes, depth: np.ndarray, valid: np.ndarray | None = None, n
     axes.set_facecolor("#b0b0b0")
     axes.set_xticks([])
     axes.set_yticks([])
+    axes.spines[:].set_visible(False)
     axes.grid(False)
     return axes.imshow(shown, cmap=DEPTH_COLOURS, vmin=near, vmax=far)
 
@@ -90,6 +90,7 @@ def prediction_grid(
             error = line[3 + 2 * i].imshow(wrong, cmap=ERROR_COLOURS, vmin=0, vmax=error_far)
         for ax in line:
             ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
             ax.grid(False)
     titles = ["picture", "true depth", *(text for name in preds for text in (name, "|error|"))]
     for ax, title in zip(axes[0], titles, strict=True):
