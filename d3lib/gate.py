@@ -45,8 +45,8 @@ def measure_gate(
     }
     baselines = score_baselines(middle, out, data_root, device=device, progress=progress)
     baseline_rms = {name: _pooled(parts["test"])["rms"] for name, parts in baselines["scores"].items()}
-    test = _pooled(records["12k"]["metrics"]["last"]["test"])
-    small = {part: _pooled(records["795"]["metrics"]["last"][part], "depth")["rms"] for part in ("train", "test")}
+    test = _pooled(records["12k"]["metrics"]["chosen"]["test"])
+    small = {part: _pooled(records["795"]["metrics"]["chosen"][part], "depth")["rms"] for part in ("train", "test")}
     measured = {
         "d1": test["d1"],
         "overfit": small["test"] / small["train"],
@@ -61,7 +61,7 @@ def measure_gate(
         "measured": measured,
         "outcome": outcome,
         "network": test,
-        "unseen": _pooled(records["12k"]["metrics"]["last"]["unseen"]),
+        "unseen": _pooled(records["12k"]["metrics"]["chosen"]["unseen"]),
         "baselines": baseline_rms,
         "interventions": score_interventions(middle, out, data_root, device),
         "runs": {name: record["run"] | {"key": record["key"]} for name, record in records.items()},
