@@ -137,11 +137,12 @@ def read_json(path: str | Path, *, format: str, version: int = 1) -> Any:
         artefact = json.loads(path.read_text(encoding="utf-8"))
         found = (artefact["format"], artefact["version"])
         content, digest = artefact["content"], artefact["digest"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        matches = found != (format, version) or digest_json(content) == digest
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a {format} (damaged?); delete it and make it again") from error
     if found != (format, version):
         raise UserError(f"{path}: is a {found[0]} version {found[1]}, expected {format} version {version}")
-    if digest_json(content) != digest:
+    if not matches:
         raise UserError(f"{path}: its digest does not match its content; delete it and make it again")
     return content
 

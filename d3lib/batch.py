@@ -14,6 +14,7 @@ from typing import Any
 from d3lib.artefacts import PROJECT, atomic_path, atomic_write, locked
 from d3lib.errors import UserError
 from d3lib.experiments import all_runs
+from d3lib.records import State
 
 SNAKEFILE = Path(__file__).resolve().parent / "workflow" / "Snakefile"
 NOISE = (  # lines that say nothing about the work; all else, errors above all, is passed on
@@ -71,7 +72,10 @@ def check_parameters(notebook: Any, parameters: Mapping[str, Any], name: str) ->
         wanted = declared[parameter]
         fits = any(isinstance(value, KINDS[kind]) for kind in wanted if kind in KINDS)
         if not fits or (isinstance(value, bool) and "bool" not in wanted):
-            raise UserError(f"{name}: parameter {parameter} must be {' or '.join(wanted)}, not {value!r}")
+            raise UserError(
+                f"{name}: parameter {parameter} must be {' or '.join(wanted)}, not {value!r} "
+                "(on the command line a string that looks like a number needs its own quotes)"
+            )
 
 
 def execute_notebook(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
@@ -87,7 +91,10 @@ def execute_notebook(source: Path, target: Path, parameters: Mapping[str, Any]) 
 
     if not source.is_file():
         raise UserError(f"{source}: no such notebook")
-    notebook = jupytext.read(source)
+    try:
+        notebook = jupytext.read(source)
+    except Exception as error:  # the package raises its own kinds beside ValueError and UnicodeError
+        raise UserError(f"{source}: is no notebook ({error})".splitlines()[0]) from error
     check_parameters(notebook, parameters, str(source))
     with atomic_path(target) as temporary:
         try:
@@ -125,6 +132,8 @@ def reproduce(
         raise UserError(f"{PROJECT / 'book'}: the notebooks are not there; run from a clone of the repository")
     place = out.resolve() / budget
     plan = place / "plan.json"
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{place}: is a file; name a folder with --out")
     with locked(place / ".batch.lock", wait=False):
         with atomic_write(plan) as file:
             places = {
@@ -152,6 +161,10 @@ def reproduce(
         command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "host", "progress", "reason"]
         command += ["--dry-run"] if dry_run else []
         command += ["--profile", str(profile)] if profile else []
+        for key in runs:  # made by `d3lib train` with older code: the engine knows nothing of them
+            path = place / key / "record.json"
+            if path.is_file() and not dry_run and State(path.parent).read()[0] != "done":
+                path.unlink()
         print(f"{len(runs)} runs at budget {budget}; results in {place}", flush=True)
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"

@@ -32,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"d3lib: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 0
+    except (OSError, UnicodeError) as error:
+        print(f"d3lib: {error}; check that the path exists, is of the right kind and may be written", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("d3lib: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
@@ -49,7 +55,7 @@ def build_parser() -> Parser:
     rooms.add_argument("--scenes", type=int, help="how many scenes of the split (default: all)")
     rooms.add_argument("--views", type=int, default=1, help="frames of each scene (default: 1)")
     rooms.add_argument("--size", type=_size, default=(96, 128), metavar="HxW", help="default: 96x128")
-    rooms.add_argument("--out", type=Path, default=runs_folder(), help="where results go (default: runs)")
+    _add_out(rooms)
     rooms.add_argument("--shading", default="full", help="full, flat or constant_albedo (default: full)")
     verify = _command(data, "verify", _data_verify, "check every byte of a store against its digests")
     verify.add_argument("store", type=Path, help="the store's folder")
@@ -73,14 +79,14 @@ def build_parser() -> Parser:
     reproduce = _command(commands, "reproduce", _reproduce, "do all runs of a budget and draw its figures")
     _add_batch_flags(reproduce)
     reproduce.add_argument("--cores", type=int, help="local cores to use (default: all)")
-    reproduce.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    reproduce.add_argument("--dry-run", action="store_true", help="print what would be done, and run nothing")
     reproduce.add_argument("--profile", type=Path, help="a Snakemake profile folder (a cluster, for example)")
-    _add_places(reproduce)
+    _add_out(reproduce)
 
     status = _command(commands, "status", _status, "every run of a budget: done, failed, running or not run")
     _add_batch_flags(status)
     status.add_argument("--table", action="store_true", help="also print our numbers beside the paper's")
-    _add_places(status)
+    _add_out(status)
 
     notebook = _command(commands, "notebook", _notebook, "execute one notebook with checked parameters")
     notebook.add_argument("source", type=Path, help="a MyST Markdown notebook (.md)")
@@ -123,8 +129,12 @@ def _add_batch_flags(parser: Parser) -> None:
     parser.add_argument("--only", metavar="ITEM", help="one figure or table, for example fig2")
 
 
-def _add_places(parser: Parser) -> None:
+def _add_out(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, default=runs_folder(), help="where results go (default: runs)")
+
+
+def _add_places(parser: Parser) -> None:
+    _add_out(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
@@ -162,7 +172,8 @@ def _data_verify(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from d3lib.execution import execute, model_card
+    from d3lib.execution import execute
+    from d3lib.records import model_card
     from d3lib.training import progress_line
 
     run = _run_of(options)
@@ -173,8 +184,8 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from d3lib.artefacts import load_weights
-    from d3lib.execution import score_weights
     from d3lib.results import text_table
+    from d3lib.scoring import score_weights
 
     made = load_weights(options.weights)[1]
     for name in ("height", "width"):  # evaluate at the size the network was trained at, unless told otherwise
@@ -229,6 +240,8 @@ def _gate(options: argparse.Namespace) -> None:
 
     run = _run_of(options)
     data = options.out / "data"
+    if not options.record.parent.is_dir() or options.record.is_dir():
+        raise UserError(f"{options.record}: cannot be written; name a file in a folder that exists")
     content = measure_gate(run, options.out / run.budget, data, device=options.device, progress=progress_line())
     write_gate(options.record, content)
     for name, value in content["measured"].items():

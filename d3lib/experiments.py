@@ -4,6 +4,7 @@ the runs behind each figure and table. Nothing here computes anything; `d3lib.ex
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -75,6 +76,13 @@ class Run:
         for name in ("steps", "batch_size", "evaluations", "ndf", "learning_rate", "max_depth"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        if self.seed >= 2**63:
+            raise UserError(f"seed is {self.seed}; it must be below 2**63")
+        if self.batch_size * (self.height // 32) * (self.width // 32) < 2:
+            raise UserError("batch_size 1 at 32x32 leaves batch normalisation one value a channel; raise either")
         for name in ("seed", "hold_out", "lam"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
@@ -99,7 +107,9 @@ class Run:
 def _checked(name: str, value: Any, kind: Any) -> Any:
     """`value` if it is of the field's type (an int passes for a float), else a `UserError`."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}; it must be a finite number")
     if type(value) is not kind:
         raise UserError(f"{name} must be {kind.__name__}, not {value!r} ({type(value).__name__})")
     return value
@@ -113,6 +123,7 @@ class Budget:
     encoder: str  # the main network's encoder
     height: int  # pixels
     width: int  # pixels
+    pretrained: bool  # start the encoder from ImageNet weights
     ndf: int  # channels of the discriminator's first layer; the paper's is 64
     steps: int  # optimiser steps of one run
     encoder_steps: int  # optimiser steps of the runs that compare encoders
@@ -137,6 +148,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             encoder="tiny",
             height=32,
             width=48,
+            pretrained=False,
             ndf=8,
             steps=2,
             encoder_steps=1,
@@ -154,6 +166,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             encoder="tiny",
             height=96,
             width=128,
+            pretrained=False,
             ndf=16,
             steps=240,
             encoder_steps=4,
@@ -171,6 +184,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             encoder="tiny",
             height=96,
             width=128,
+            pretrained=False,
             ndf=16,
             steps=6000,
             encoder_steps=6000,
@@ -188,6 +202,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             encoder="densenet121",
             height=256,
             width=320,
+            pretrained=False,
             ndf=64,
             steps=12000,
             encoder_steps=12000,
@@ -205,6 +220,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             encoder="densenet121",
             height=256,
             width=320,
+            pretrained=False,
             ndf=64,
             steps=4000,
             encoder_steps=4000,
@@ -222,6 +238,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             encoder="densenet121",
             height=256,
             width=320,
+            pretrained=True,
             ndf=64,
             steps=350000,
             encoder_steps=350000,

@@ -18,8 +18,9 @@ from d3lib.artefacts import read_json, write_json
 from d3lib.data import rooms
 from d3lib.data.loader import eval_batches, to_float
 from d3lib.evaluation import as_predictor, evaluate, load_network
-from d3lib.execution import execute, score_baselines, stores_of
+from d3lib.execution import execute, stores_of
 from d3lib.experiments import Run
+from d3lib.scoring import score_baselines
 from d3lib.training import pick_device
 
 GATE, GATE_VERSION = "d3lib-gate", 1

@@ -14,8 +14,11 @@ from d3lib.data.folder import read_rgb
 from d3lib.data.loader import resize_sample, to_float
 from d3lib.errors import UserError
 from d3lib.evaluation import as_predictor, load_network
+from d3lib.experiments import BUDGETS
+from d3lib.records import read_record
 from d3lib.training import pick_device
 
+MAX_ASPECT = 8  # a narrower picture is refused: it would be blown up beyond memory
 CLOUD_WIDTH = 640  # a point cloud has at most so many points in a row
 Intrinsics = tuple[float, float, float, float]
 
@@ -23,12 +26,22 @@ Intrinsics = tuple[float, float, float, float]
 def newest_weights(out: Path) -> Path:
     """The weights that were made last below `out`. Raises `UserError` that says how to get some if there are none."""
     found = sorted(out.glob("*/*/weights.safetensors"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in found if _is_trained(path)] or found  # rather than one of a few steps
     if not found:
         raise UserError(
             f"no weights below {out}: make some with `make batch` (minutes on a CPU) or `d3lib train`, "
             "or name a file with --weights"
         )
     return found[-1]
+
+
+def _is_trained(weights: Path) -> bool:
+    """Whether the run had at least the steps that its budget gives a run."""
+    try:
+        run = read_record(weights.with_name("record.json"))["run"]
+    except UserError:
+        return False
+    return run["steps"] >= BUDGETS[run["budget"]].steps
 
 
 def parse_intrinsics(text: str) -> Intrinsics:
@@ -57,6 +70,8 @@ def predict_depth(rgb: np.ndarray, weights: Path, device: str = "auto") -> tuple
     device = pick_device(device)
     net, made = load_network(weights, device)
     height = int(made["height"])
+    if not 1 / MAX_ASPECT <= rgb.shape[2] / rgb.shape[1] <= MAX_ASPECT:
+        raise UserError(f"a picture of {rgb.shape[1]} x {rgb.shape[2]} pixels is too narrow; crop it")
     width = max(32, round(height * rgb.shape[2] / rgb.shape[1]))
     small = resize_sample({"rgb": torch.tensor(rgb)[None]}, (height, width))["rgb"]
     depth = as_predictor(net, device)(to_float(small).to(device))
@@ -80,9 +95,9 @@ def predict_picture(
     folder = image.parent if to is None else to
     stem = image.stem
     paths = [folder / f"{stem}_depth.png", folder / f"{stem}_depth_mm.png"]
-    _write_coloured(paths[0], rgb, depth, f"trained on {made['trained_on']}\n{made['key']}")
     with atomic_path(paths[1]) as temporary:
         Image.fromarray(np.clip(np.rint(depth * 1000), 0, 65535).astype(np.uint16)).save(temporary, format="PNG")
+    _write_coloured(paths[0], rgb, depth, f"trained on {made['trained_on']}\n{made['key']}")
     if intrinsics is not None:
         paths.append(folder / f"{stem}_cloud.ply")
         write_ply(paths[-1], *point_cloud(rgb, depth, intrinsics))

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from d3lib.artefacts import read_json
-from d3lib.execution import State, baselines_path, read_record
 from d3lib.experiments import BUDGETS, all_runs
-from d3lib.provenance import TRAINING_CODE, code_digest
+from d3lib.records import State, is_current, read_record
+from d3lib.scoring import baselines_path
 
 REFERENCE = Path(__file__).resolve().parent / "reference" / "paper_results.csv"
 NARROW = 0.05  # an interval's half-width counts as narrow up to this part of the value
@@ -47,7 +47,8 @@ def load_records(budget: str, out: Path, only: str | None = None) -> dict[str, d
 
 def load_baselines(budget: str, out: Path) -> dict[str, dict[str, Any]]:
     """The baselines' scores by training set, for the sets that have been scored."""
-    paths = {run.train_set: baselines_path(run, out / budget) for run in all_runs(budget).values()}
+    runs = [run for run in all_runs(budget).values() if run.encoder == BUDGETS[budget].encoder]
+    paths = {run.train_set: baselines_path(run, out / budget) for run in reversed(runs)}  # the first run's of each set
     return {
         name: read_json(path, format="d3lib-baselines", version=1) for name, path in paths.items() if path.is_file()
     }
@@ -56,11 +57,6 @@ def load_baselines(budget: str, out: Path) -> dict[str, dict[str, Any]]:
 def score(record: Mapping[str, Any], metric: str, part: str = "test", pooling: str = "pooled") -> float | None:
     """One number of a record: the chosen weights' metric on a set, against the depth that counts for its data."""
     return record["metrics"]["chosen"][part][record["data"]["target"]][pooling][metric]
-
-
-def is_current(record: Mapping[str, Any]) -> bool:
-    """Whether the training code that made a record is the code that is here now."""
-    return record["provenance"]["code_digest"] == code_digest(*TRAINING_CODE)
 
 
 def prediction_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,8 @@ def pick_device(name: str = "auto") -> str:
     """`name` itself, or for "auto" CUDA where there is one, else the CPU. Raises `UserError` for a missing GPU."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {name!r}: no CUDA device is visible; use --device cpu")
     return name

@@ -8,7 +8,7 @@ import pytest
 from d3lib.artefacts import locked
 from d3lib.batch import check_parameters, declared_parameters, execute_notebook, read_parameters, reproduce
 from d3lib.errors import UserError
-from d3lib.execution import read_record
+from d3lib.records import read_record
 
 PAGE = """---
 kernelspec:

@@ -12,8 +12,10 @@ from d3lib import execution
 from d3lib.artefacts import digest_tensors, load_weights
 from d3lib.errors import UserError
 from d3lib.evaluation import load_network
-from d3lib.execution import State, execute, open_sources, read_record, score_baselines
+from d3lib.execution import execute, open_sources
 from d3lib.experiments import make_run
+from d3lib.records import State, read_record
+from d3lib.scoring import score_baselines
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 from d3lib import results
 from d3lib.artefacts import write_json
 from d3lib.errors import UserError
-from d3lib.execution import RECORD, RECORD_VERSION
 from d3lib.experiments import make_run
 from d3lib.provenance import TRAINING_CODE, code_digest
+from d3lib.records import RECORD, RECORD_VERSION
 from d3lib.results import cell_status, compare, paper_numbers, prediction_interval, status_text
 
 

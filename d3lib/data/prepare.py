@@ -89,16 +89,18 @@ class FolderStore:
     split: str
     height: int  # pixels
     width: int  # pixels
+    max_depth: float  # metres; farther pixels count as invalid
 
     @property
     def folder(self) -> Path:
         """Where the store lies."""
-        where = digest_json(str(self.pictures.resolve()))[:8]
+        where = digest_json([str(self.pictures.resolve()), self.max_depth])[:8]
         return self.root / f"folder-{self.pictures.name}-{where}-{self.split}-{self.height}x{self.width}"
 
     def open(self, progress: Callable[[str], None] | None = None) -> shards.Store:
         """The store, made first if it is missing or a picture has changed. Raises `UserError` for unfit pictures."""
-        pairs = FolderRGBD(self.pictures, self.split, size=(self.height, self.width))
+        size = (self.height, self.width)
+        pairs = FolderRGBD(self.pictures, self.split, size=size, max_depth=self.max_depth)
         if progress is not None:
             progress(f"{self.pictures}: {pairs.report}")
         with locked(self.root / f".{self.folder.name}.lock"):

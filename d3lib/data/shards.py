@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ FORMAT, VERSION = "d3lib-store", 1
 SHARD_FRAMES = 4096  # at 256x320: 1.7 GB a shard, 57 shards for 230k frames
 MAX_SIDE, MAX_FRAMES, MAX_INDEX_BYTES = 16384, 10_000_000, 1 << 30  # what a store.json may declare, and weigh
 DISK_RESERVE = 1 << 25  # bytes left free when a disk fills up
+_OWN = re.compile(r"store\.json|shard-\d{5}\.h5|\.snakemake_timestamp")  # files that a store may be made of
 _ADVICE = "copy it again, or delete the store and make it again"
 
 Frames = dict[str, np.ndarray]  # as stored: rgb, depth in mm, maybe exact; with a leading n, or of one frame
@@ -155,7 +157,9 @@ def write_store(
     the disk is full.
     """
     path = Path(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "store.json").is_file()):
+    # what a store is made of, with the index or (after a batch took it away to make it anew) without
+    foreign = [entry for entry in path.iterdir() if not _OWN.fullmatch(entry.name)] if path.is_dir() else []
+    if path.is_file() or foreign:
         raise UserError(f"{path}: already exists and is no store; delete it, or write to another folder")
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     frames, shards = _encode(batches), []

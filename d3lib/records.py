@@ -1,0 +1,111 @@
+"""What a run leaves behind, read back: its record, its state, its model card."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d3lib.artefacts import atomic_write, read_json
+from d3lib.errors import UserError
+from d3lib.provenance import TRAINING_CODE, code_digest
+
+RECORD, RECORD_VERSION = "d3lib-record", 1
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A run's record. Raises `UserError` if it is missing, damaged or of another version."""
+    return read_json(path, format=RECORD, version=RECORD_VERSION)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run's folder says of it: not run, running, interrupted, failed (and why), done, or older."""
+
+    folder: Path
+
+    def write(self, state: str, error: str = "") -> None:
+        """Write `state.json`."""
+        with atomic_write(self.folder / "state.json") as file:
+            json.dump({"state": state, "error": error, "pid": os.getpid()}, file)
+
+    def read(self) -> tuple[str, str]:
+        """(state, error); a run said to be running whose process is gone is "interrupted"."""
+        try:
+            found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            state, error, pid = found["state"], found["error"], int(found["pid"])
+        except (OSError, ValueError, KeyError, TypeError):
+            state, error, pid = "done", "", 0
+        if state == "done":
+            return self._done()
+        if state == "running" and not _alive(pid):
+            return "interrupted", "its process ended without a record; run it again to continue from its checkpoint"
+        return state, error
+
+    def _done(self) -> tuple[str, str]:
+        path = self.folder / "record.json"
+        if not path.is_file():
+            return "not run", ""
+        try:
+            return ("done", "") if is_current(read_record(path)) else ("older", "made by other training code")
+        except UserError as error:
+            return "failed", str(error)
+
+
+def is_current(record: Mapping[str, Any]) -> bool:
+    """Whether the training code that made a record is the code that is here now."""
+    return record["provenance"]["code_digest"] == code_digest(*TRAINING_CODE)
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """A weights file's card in Markdown: what it is, what it was trained on, how good it is, what it is not for."""
+    run, data, made = record["run"], record["data"], record["provenance"]
+    rows = [
+        (name, target, scores)
+        for name, found in record["metrics"]["chosen"].items()
+        for target, scores in found.items()
+    ]
+    lines = [
+        f"# {record['key']}",
+        "",
+        f"D3-Net ({run['encoder']}) trained with the loss `{run['loss']}` ({run['variant']} variant): "
+        "depth in metres from one RGB image.",
+        "",
+        f"- Trained on: {data['description']}, {run['steps']} steps of {run['batch_size']} images at "
+        f"{run['height']}x{run['width']}, seed {run['seed']}; the weights of step {record['chosen_step']} did best on "
+        "validation scenes.",
+        f"- ImageNet weights: {'yes' if run['pretrained'] else 'no'}; started from: {run['init'] or 'random weights'}.",
+        f"- Made by commit {made['commit'] or 'unknown'}{' with changes' if made['dirty'] else ''} on "
+        f"{made['device']}, finished {made['finished']}; weights digest {record['weights_digest'][:16]}.",
+        "",
+        "| set | against | images | RMSE (m) | abs rel | δ < 1.25 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, target, scores in rows:
+        cells = [scores["pooled"][metric] for metric in ("rms", "rel", "d1")]
+        shown = " | ".join("-" if cell is None else f"{cell:.3f}" for cell in cells)
+        words = {"exact": "exact depth", "depth": "sensor depth"}[target]
+        lines.append(f"| {name} | {words} | {scores['images']} | {shown} |")
+    lines += [
+        "",
+        "Scores are pooled over all valid pixels of a set, at network size.",
+        "",
+        "Limits: a network knows the kind of scenes it was trained on and no others. Depth from one picture is a guess "
+        "at scale: do not use it where people rely on distances.",
+        "",
+    ]
+    return "\n".join(lines)
