@@ -1,5 +1,6 @@
 """One run from data to record: what it keeps, what it repeats, what it says of itself."""
 
+import dataclasses
 import json
 import os
 
@@ -9,11 +10,12 @@ import torch
 from PIL import Image
 
 from d3lib import execution
-from d3lib.artefacts import digest_tensors, load_weights
+from d3lib.artefacts import digest_tensors, load_weights, save_weights
 from d3lib.errors import UserError
 from d3lib.evaluation import load_network
 from d3lib.execution import execute, open_sources
-from d3lib.experiments import make_run
+from d3lib.experiments import BUDGETS, make_run
+from d3lib.models import D3Net
 from d3lib.records import State, read_record
 from d3lib.scoring import score_baselines
 
@@ -98,6 +100,46 @@ def test_a_run_done_with_other_code_is_done_again(record, run, place, monkeypatc
     monkeypatch.setattr(execution.provenance, "code_digest", lambda *modules, **options: "other")
     assert execute(run, place / "drill", place / "data", device="cpu")["metrics"] == record["metrics"]
     assert path.stat().st_mtime_ns != before
+
+
+def test_other_initial_weights_under_the_same_name_are_another_run(place, tmp_path):
+    path = tmp_path / "init.safetensors"
+    ends = []
+    for seed in (1, 2):
+        save_weights(path, D3Net("tiny", seed=seed).state_dict(), {})
+        run = make_run("drill", steps=1, init=str(path))
+        ends.append(execute(run, tmp_path, place / "data", device="cpu")["weights_digest"])
+    assert ends[0] != ends[1]
+
+
+def test_another_number_of_frames_is_another_run(run, record, place, tmp_path, monkeypatch):
+    fewer = dataclasses.replace(BUDGETS["drill"], views=BUDGETS["drill"].views | {"12k": 1})
+    monkeypatch.setattr(execution, "BUDGETS", dict(BUDGETS) | {"drill": fewer})
+    sources = open_sources(run, place / "data")
+    assert sources.digest != record["data"]["digest"]
+    assert len(sources.frames["train"]) == 4
+
+
+def test_a_checkpoint_of_older_code_is_dropped_not_obeyed(run, place, tmp_path):
+    folder = tmp_path / run.key
+    folder.mkdir()
+    (folder / "checkpoint-00000000.pt").write_bytes(b"made by older code")
+    execute(run, tmp_path, place / "data", device="cpu")
+    assert not list(folder.glob("checkpoint*"))
+
+
+def test_depth_beyond_the_range_of_a_run_neither_trains_nor_counts(tmp_path):
+    folder_of_pairs(tmp_path / "mine", 4)
+    for i, path in enumerate(sorted((tmp_path / "mine/depth/train").iterdir())):
+        Image.fromarray(np.where(np.arange(48) < 24, 15000, 1000 + i) * np.ones((32, 1), int)).convert("I;16").save(
+            path
+        )
+    for far, share in ((10.0, 0.5), (20.0, 1.0)):
+        run = make_run("drill", data=f"folder:{tmp_path / 'mine'}", hold_out=1, max_depth=far, batch_size=2)
+        sources = open_sources(run, tmp_path / "data")
+        assert float(sources.sets["train"][0]["valid"].float().mean()) == share
+        scores = score_baselines(run, tmp_path, tmp_path / "data", device="cpu")["scores"]["constant"]["test"]["depth"]
+        assert (scores["pooled"]["rms"] > 5) == (far > 10)
 
 
 def test_nested_training_sets_share_their_first_frames(place):

@@ -75,6 +75,13 @@ def test_wrong_intrinsics_are_refused(text):
         parse_intrinsics(text)
 
 
+def test_a_sliver_of_a_picture_is_refused_rather_than_blown_up(weights, tmp_path):
+    path = tmp_path / "sliver.png"
+    Image.fromarray(np.zeros((1, 3000, 3), np.uint8)).save(path)
+    with pytest.raises(UserError, match="too narrow"):
+        predict_picture(path, weights)
+
+
 def test_a_picture_that_is_none_is_refused(weights, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"nothing like a picture")
