@@ -131,9 +131,8 @@ def test_a_checkpoint_of_older_code_is_dropped_not_obeyed(run, place, tmp_path):
 def test_depth_beyond_the_range_of_a_run_neither_trains_nor_counts(tmp_path):
     folder_of_pairs(tmp_path / "mine", 4)
     for i, path in enumerate(sorted((tmp_path / "mine/depth/train").iterdir())):
-        Image.fromarray(np.where(np.arange(48) < 24, 15000, 1000 + i) * np.ones((32, 1), int)).convert("I;16").save(
-            path
-        )
+        row = np.where(np.arange(48) < 24, 15000, 1000 + i).astype(np.uint16)  # left half at 15 m
+        Image.fromarray(np.tile(row, (32, 1))).save(path)
     for far, share in ((10.0, 0.5), (20.0, 1.0)):
         run = make_run("drill", data=f"folder:{tmp_path / 'mine'}", hold_out=1, max_depth=far, batch_size=2)
         sources = open_sources(run, tmp_path / "data")
