@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 reproduce: batch book ## everything: set up, run the smoke batch, build the book, show the comparison table
-	@$(BIN)/d3lib status --budget smoke
+	@$(BIN)/d3lib status --budget smoke --table
 
 batch: setup ## render rooms and run every smoke experiment that is not up to date
 	@$(BIN)/d3lib reproduce --budget smoke
