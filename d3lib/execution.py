@@ -153,7 +153,10 @@ def execute(
     sources = open_sources(run, data_root, progress)
     if run.init:  # the file's content is part of what the result depends on, not only its name
         inputs = digest_json([sources.digest, digest_file(run.init)])
-        sources = dataclasses.replace(sources, digest=inputs)
+        before = load_weights(run.init)[1].get("trained_on", "data unknown")
+        sources = dataclasses.replace(
+            sources, digest=inputs, description=f"{sources.description} (before that: {before})"
+        )
     code = provenance.code_digest(*provenance.TRAINING_CODE)
     with locked(folder / ".lock"):  # two processes with the same run: the second finds the first one's record
         if (folder / "record.json").is_file():
@@ -229,9 +232,7 @@ def _train_and_score(
         progress=progress,
     )
     if not trace.best_weights:
-        raise UserError(
-            f"{run.data}: no validation picture has a depth up to {run.max_depth:g} m; check the data"
-        )
+        raise UserError(f"{run.data}: no validation picture has a depth up to {run.max_depth:g} m; check the data")
     last = {name: scores(name, net, CURVE_FRAMES if name == "train" else None) for name in sources.sets}
     net.load_state_dict(trace.best_weights)
     chosen = {name: scores(name, net, CURVE_FRAMES if name == "train" else None) for name in sources.sets}
