@@ -234,8 +234,10 @@ def _train_and_score(
     if not trace.best_weights:
         raise UserError(f"{run.data}: no validation picture has a depth up to {run.max_depth:g} m; check the data")
     last = {name: scores(name, net, CURVE_FRAMES if name == "train" else None) for name in sources.sets}
-    net.load_state_dict(trace.best_weights)
-    chosen = {name: scores(name, net, CURVE_FRAMES if name == "train" else None) for name in sources.sets}
+    chosen = last
+    if trace.best_step != run.steps:
+        net.load_state_dict(trace.best_weights)
+        chosen = {name: scores(name, net, CURVE_FRAMES if name == "train" else None) for name in sources.sets}
     record = {
         "key": run.key,
         "run": dataclasses.asdict(run),
