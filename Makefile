@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is another; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned packages into $(VENV); the first time this takes minutes ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[batch,book,dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[batch,book,raw,dev]"
 	@$(BIN)/python -c "import matplotlib.font_manager" # finds the fonts once, or the first page would say so
 	@touch $@
 
