@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from d3lib.errors import UserError
 
+from . import recording
 from .layout import FAR, NEAR, UNSEEN_FROM, make_camera, make_scene
 from .scene import Camera, Light, Material, Scene, hand_made, look, part, rotation
 from .sensor import develop, kinect
@@ -22,8 +23,8 @@ from .tracer import SHADINGS, intrinsics, trace
 
 __all__ = [
     "FAR", "INTERVENTIONS", "NEAR", "SHADINGS", "SPLITS", "Camera", "Light", "Material", "Scene", "frames", "hand_made",
-    "intervene", "intrinsics", "look", "make_camera", "make_scene", "part", "render", "render_views", "rotation",
-    "scene_seeds", "stream",
+    "intervene", "intrinsics", "look", "make_camera", "make_scene", "part", "recording", "render", "render_views",
+    "rotation", "scene_seeds", "stream",
 ]  # fmt: skip
 
 # First seed and number of scenes, after NYU Depth V2: 249 training scenes (25 more for validation), 215 test scenes.

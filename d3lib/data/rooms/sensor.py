@@ -84,12 +84,23 @@ def _hidden(exact: Tensor, offset: float, fx: float) -> Tensor:
 def kinect(exact: Tensor, cosine: Tensor, cameras: Sequence[Camera]) -> tuple[Tensor, Tensor]:
     """Depth (B, 1, H, W) metres, 0 where nothing was measured, and its valid mask, from exact depth and viewing angle.
 
-    Disparity with noise of a third of a level is rounded to whole levels. Lost are pixels that the projector or the
-    infrared camera cannot see, weak returns (far or grazing surfaces, in blotches), ragged edges, and what is nearer
-    than 0.71 m.
+    As `disparity` on the RGB camera's picture, less what is nearer than 0.71 m.
+    """
+    fx = intrinsics((exact.shape[2], exact.shape[3]))[0]
+    level, valid = disparity(exact, cosine, cameras, fx, (PROJECTOR, IR_CAMERA), LOWEST)
+    return torch.where(valid, SCALE / (SHIFT - level), 0.0), valid
+
+
+def disparity(
+    exact: Tensor, cosine: Tensor, cameras: Sequence[Camera], fx: float, offsets: Sequence[float], lowest: int
+) -> tuple[Tensor, Tensor]:
+    """Raw disparity (B, 1, H, W), whole levels d = SHIFT - SCALE / z, and where it was measured.
+
+    Noise of a third of a level comes before the rounding. Lost are pixels that a device at one of the `offsets` (metres
+    to the right of the picture's own camera, of focal length `fx` pixels) cannot see, weak returns (far or grazing
+    surfaces, in blotches), ragged edges, and levels below `lowest`.
     """
     size, device = (exact.shape[2], exact.shape[3]), exact.device
-    fx = intrinsics(size)[0]
     x, y = _grid(size, device)
     seed = _per_frame([c.seed ^ 0x5BD1E995 & 0x7FFFFFFF for c in cameras], device, torch.int32)
     random = hash2(x, y, seed)
@@ -102,6 +113,7 @@ def kinect(exact: Tensor, cosine: Tensor, cameras: Sequence[Camera]) -> tuple[Te
     edge[..., 1:] |= jump
     edge[..., :-1] |= jump
     ragged = edge & (unit(random, 4) < 0.35)
-    hidden = _hidden(exact, PROJECTOR, fx) | _hidden(exact, IR_CAMERA, fx)
-    valid = (level >= LOWEST) & (level < SHIFT - SCALE / 10) & ~weak & ~ragged & ~hidden
-    return torch.where(valid, SCALE / (SHIFT - level), 0.0), valid
+    valid = (level >= lowest) & (level < SHIFT - SCALE / 10) & ~weak & ~ragged
+    for offset in offsets:
+        valid &= ~_hidden(exact, offset, fx)
+    return level, valid

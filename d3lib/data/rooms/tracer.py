@@ -134,20 +134,26 @@ def _pack(views: Sequence[tuple[Scene, Camera]], device: torch.device) -> _Pack:
 # --- which parts a tile can see ---------------------------------------------------------------------------------------
 
 
-def _camera_pairs(pack: _Pack, us: Tensor, vs: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs (tile, part) that no plane through the eye separates; `us`, `vs` are the tile borders."""
-    c, a = pack.centre, pack.axes
+def _camera_pairs(pack: _Pack, tiles: _Tiles) -> tuple[Tensor, Tensor]:
+    """Pairs (tile, part) that no plane through the eye separates."""
+    c, a, rows, cols = pack.centre, pack.axes, tiles.rows, tiles.cols
 
-    def spans(k: int, borders: Tensor) -> Tensor:
-        """(P, borders - 1): whether a part touches the wedge between neighbouring planes x_k = border z."""
+    def spans(k: int, borders: Tensor, n: int) -> Tensor:
+        """(P, n): whether a part touches the wedge between the planes x_k = border z on either side of each band.
+
+        The first n borders are the bands' lower ones, the last n the upper ones (where bands adjoin, n + 1 suffice).
+        """
         s = c[k, :, None] - borders * c[2, :, None]
         r = sum((a[j, k, :, None] - borders * a[j, 2, :, None]).abs() for j in range(3)) + 1e-5
-        return (s + r > 0)[:, :-1] & (s - r < 0)[:, 1:]
+        return (s + r > 0)[:, :n] & (s - r < 0)[:, -n:]
 
     in_front = c[2] + a[:, 2].abs().sum(0) > 0
-    touches = spans(1, vs)[:, :, None] & spans(0, us)[:, None] & (in_front & (pack.shape > 0))[:, None, None]
+    touches = (
+        spans(1, tiles.vs, rows)[:, :, None]
+        & spans(0, tiles.us, cols)[:, None]
+        & (in_front & (pack.shape > 0))[:, None, None]
+    )
     item, row, col = touches.nonzero(as_tuple=True)
-    rows, cols = len(vs) - 1, len(us) - 1
     return (pack.frame[item].long() * rows + row) * cols + col, item
 
 
@@ -208,12 +214,15 @@ _MEET: dict[str, Callable[[list[Tensor], list[Tensor]], Interval]] = {
 
 
 class _Tiles:
-    """The rays of a run of tiles: (C, S, TILE * TILE) with S samples a pixel, the first through the pixel's centre."""
+    """The rays of a run of tiles: (C, S, TILE * TILE) with S samples a pixel, the first through the pixel's centre.
 
-    def __init__(self, size: tuple[int, int], device: torch.device) -> None:
+    The other samples form a `grid` by `grid` raster.
+    """
+
+    def __init__(self, size: tuple[int, int], device: torch.device, grid: int = GRID) -> None:
         self.rows, self.cols = -(-size[0] // TILE), -(-size[1] // TILE)
         self.fx, self.fy, self.cx, self.cy = intrinsics(size)
-        inner = (torch.arange(GRID, device=device) + 0.5) / GRID - 0.5
+        inner = (torch.arange(grid, device=device) + 0.5) / grid - 0.5
         dy, dx = torch.meshgrid(inner, inner, indexing="ij")
         zero = torch.zeros(1, device=device)
         y, x = torch.meshgrid(*[torch.arange(TILE, device=device)] * 2, indexing="ij")
@@ -228,6 +237,34 @@ class _Tiles:
         within = tiles % (self.rows * self.cols)
         x0, y0 = (within % self.cols * TILE)[:, None].float(), (within // self.cols * TILE)[:, None].float()
         return (x0 + self.x.reshape(1, -1) - self.cx) / self.fx, (y0 + self.y.reshape(1, -1) - self.cy) / self.fy
+
+
+Lens = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Where pixels look: float64 x and y, counted from 0 and broadcast together, to u and v of the rays (u, v, 1)."""
+
+
+@lru_cache(maxsize=4)
+def _bent(lens: Lens, size: tuple[int, int], grid: int) -> tuple[Tensor, Tensor]:
+    """u and v, float32 (tile rows, tile columns, S * TILE²), of a picture taken through a lens."""
+    tiles = _Tiles(size, torch.device("cpu"), grid)
+    x0, y0 = np.arange(tiles.cols)[None, :, None] * TILE, np.arange(tiles.rows)[:, None, None] * TILE
+    x, y = (a.reshape(-1).double().numpy() for a in (tiles.x, tiles.y))
+    u, v = (torch.as_tensor(a, dtype=torch.float32) for a in lens(x0 + x, y0 + y))
+    return u, v
+
+
+class _LensTiles(_Tiles):
+    """The same through a lens that bends rays: they are looked up, and the columns (rows) of tiles overlap a little."""
+
+    def __init__(self, size: tuple[int, int], device: torch.device, grid: int, lens: Lens) -> None:
+        super().__init__(size, device, grid)
+        self.u, self.v = (a.to(device) for a in _bent(lens, size, grid))
+        self.us = torch.cat([self.u.amin((0, 2)), self.u.amax((0, 2))])
+        self.vs = torch.cat([self.v.amin((1, 2)), self.v.amax((1, 2))])
+
+    def rays(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        within = tiles % (self.rows * self.cols)
+        return self.u.flatten(0, 1).index_select(0, within), self.v.flatten(0, 1).index_select(0, within)
 
 
 def _closest(pack: _Pack, room: Tensor, u: Tensor, v: Tensor, rounds: dict[str, list]) -> tuple[Tensor, Tensor]:
@@ -462,14 +499,22 @@ def _shade(
 
 @torch.no_grad()
 def trace(
-    views: Sequence[tuple[Scene, Camera]], size: tuple[int, int], device: torch.device, shading: str = "full"
+    views: Sequence[tuple[Scene, Camera]],
+    size: tuple[int, int],
+    device: torch.device,
+    shading: str | None = "full",
+    lens: Lens | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Render views: linear RGB (B, 3, H, W), exact depth (B, 1, H, W) metres, cosine of viewing angle (B, 1, H, W)."""
+    """Render views: linear RGB (B, 3, H, W), exact depth (B, 1, H, W) metres, cosine of viewing angle (B, 1, H, W).
+
+    Without shading there is no RGB (an empty tensor). A `lens` says where pixels look, instead of `intrinsics`.
+    """
     pack = _pack(views, device)
-    tiles = _Tiles(size, device)
+    grid = GRID if shading else 0
+    tiles = _LensTiles(size, device, grid, lens) if lens else _Tiles(size, device, grid)
     per_frame, pixels = tiles.rows * tiles.cols, TILE * TILE
     group = max(1, _RAYS_AT_ONCE.get(device.type, 2**15) // (tiles.samples * pixels))
-    tile, item = _camera_pairs(pack, tiles.us, tiles.vs)
+    tile, item = _camera_pairs(pack, tiles)
     of_shape = {name: (pack.shape[item] == SHAPES.index(name)).nonzero()[:, 0] for name in _MEET}
     rounds = {name: _rounds(tile[chosen], item[chosen], group) for name, chosen in of_shape.items()}
     out: tuple[list[Tensor], ...] = ([], [], [])
@@ -478,19 +523,22 @@ def trace(
         u, v = tiles.rays(index)
         mine = {name: groups.get(number, []) for name, groups in rounds.items()}
         depth, part = _closest(pack, pack.rooms[frame], u, v, mine)
-        samples = [x[:, pixels:].contiguous() for x in (depth, part, u, v)]
-        linear = _shade(pack, frame, *samples, tiles.fx, shading).unflatten(2, (tiles.samples - 1, pixels))
-        linear = sum(linear[:, :, j] for j in range(tiles.samples - 1)) / (tiles.samples - 1)
+        if shading:
+            samples = [x[:, pixels:].contiguous() for x in (depth, part, u, v)]
+            linear = _shade(pack, frame, *samples, tiles.fx, shading).unflatten(2, (tiles.samples - 1, pixels))
+            out[0].append(sum(linear[:, :, j] for j in range(tiles.samples - 1)) / (tiles.samples - 1))
         u, v = u[:, :pixels], v[:, :pixels]
         centre = [x[:, :pixels].reshape(-1) for x in (part, depth, u, v)]
         normal = [x.reshape(u.shape) for x in _hits(pack, *centre).normal]
         where = pack.views[frame].t()[:, :, None]
         ray = [u * where[3 + i] + v * where[6 + i] + where[9 + i] for i in range(3)]
         cosine = -_dot(ray, normal) / (u * u + v * v + 1).sqrt()
-        for pile, piece in zip(out, (linear, depth[:, None, :pixels], cosine[:, None]), strict=True):
-            pile.append(piece)
+        out[1].append(depth[:, None, :pixels])
+        out[2].append(cosine[:, None])
 
     def whole(pile: list[Tensor]) -> Tensor:
+        if not pile:
+            return torch.empty(0, device=device)
         x = torch.cat(pile).reshape(len(views), tiles.rows, tiles.cols, -1, TILE, TILE)
         x = x.permute(0, 3, 1, 4, 2, 5).reshape(len(views), x.shape[3], tiles.rows * TILE, tiles.cols * TILE)
         return x[..., : size[0], : size[1]].contiguous()
