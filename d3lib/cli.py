@@ -57,6 +57,14 @@ def build_parser() -> Parser:
     rooms.add_argument("--size", type=_size, default=(96, 128), metavar="HxW", help="default: 96x128")
     _add_out(rooms)
     rooms.add_argument("--shading", default="full", help="full, flat or constant_albedo (default: full)")
+    nyu = _command(data, "nyu-labeled", _data_nyu_labelled, "NYU's labelled file: 795 training and 654 test frames")
+    where = nyu.add_mutually_exclusive_group(required=True)
+    where.add_argument("file", nargs="?", type=Path, metavar="PATH.mat", help="nyu_depth_v2_labeled.mat, 3 GB")
+    where.add_argument("--download", type=Path, metavar="DIR", help="download it into DIR first, or go on doing so")
+    nyu.add_argument("--splits", type=Path, metavar="splits.mat", help="check NYU's own against the built-in split")
+    nyu.add_argument("--target", default="filled", help="training depth: filled or raw (default: filled)")
+    nyu.add_argument("--size", type=_size, default=(256, 320), metavar="HxW", help="of the stores (default: 256x320)")
+    _add_out(nyu)
     verify = _command(data, "verify", _data_verify, "check every byte of a store against its digests")
     verify.add_argument("store", type=Path, help="the store's folder")
 
@@ -161,6 +169,17 @@ def _data_rooms(options: argparse.Namespace) -> None:
     prepared = RoomsStore(options.out / "data", options.split, scenes, options.views, *options.size, options.shading)
     store = prepared.open(progress_line())
     print(f"{prepared.folder}: {len(store)} frames, digest {store.digest[:16]}")
+
+
+def _data_nyu_labelled(options: argparse.Namespace) -> None:
+    from d3lib.data.download import fetch_labelled
+    from d3lib.data.nyu import prepare_labelled
+    from d3lib.training import progress_line
+
+    progress = progress_line()
+    file = fetch_labelled(options.download, progress) if options.download else options.file
+    for store in prepare_labelled(file, options.out / "data", options.size, options.target, options.splits, progress):
+        print(f"{store.path}: {len(store)} frames, digest {store.digest[:16]}")
 
 
 def _data_verify(options: argparse.Namespace) -> None:
