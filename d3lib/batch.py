@@ -142,35 +142,57 @@ def reproduce(
                 "book": str(PROJECT / "book"),
             }
             json.dump({"budget": budget, "only": only, **places}, file)
-        command = [
-            sys.executable,
-            "-m",
-            "snakemake",
-            "--snakefile",
-            str(SNAKEFILE),
-            "--directory",
-            str(place),
-        ]
-        command += ["--configfile", str(plan), "--cores", str(cores or os.cpu_count() or 1)]
-        environment = os.environ | {"D3LIB_RUNS": str(out.resolve())}
-        if any((place / ".snakemake" / "locks").glob("*")):  # a killed batch; ours is the only one now
-            subprocess.run(
-                [*command, "--unlock", "--quiet", "rules", "host", "progress", "reason"], env=environment, check=False
-            )
-        command += ["--keep-going", "--rerun-incomplete"]
-        command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "host", "progress", "reason"]
-        command += ["--dry-run"] if dry_run else []
-        command += ["--profile", str(profile)] if profile else []
         for key in runs:  # made by `d3lib train` with older code: the engine knows nothing of them
             path = place / key / "record.json"
             if path.is_file() and not dry_run and State(path.parent).read()[0] != "done":
                 path.unlink()
         print(f"{len(runs)} runs at budget {budget}; results in {place}", flush=True)
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-        for line in process.stdout or ():
-            if not any(noise in line for noise in NOISE):
-                print(line, end="", flush=True)
-        code = process.wait()
-    return 1 if code else 0
+        return _run_engine(SNAKEFILE, place, plan, out, cores, profile, dry_run)
+
+
+def process_archives(archives: Sequence[Path], recipe: Any, size: tuple[int, int], out: Path, profile: Path) -> int:
+    """Process the raw archives of a plan (see `d3lib.data.raw`) as jobs, one per archive, then write the store.
+
+    Args: `recipe` (`d3lib.data.raw.Recipe`), `size` (H, W) of the store, `profile` a Snakemake profile.
+
+    Returns 0, or 1 if a job failed. Raises `UserError` while another process works in the same folder.
+    """
+    from d3lib.data import raw
+
+    folder = raw.folder_of(out.resolve() / "data", recipe)
+    options = ["--frames", "all" if recipe.frames is None else str(recipe.frames), "--order", recipe.order]
+    options += ["--alpha", repr(recipe.alpha), "--size", f"{size[0]}x{size[1]}", "--out", str(out.resolve())]
+    options += ([] if recipe.fill else ["--no-fill"]) + (["--lossless"] if recipe.lossless else [])
+    with locked(folder / ".batch.lock", wait=False):
+        config = {"folder": str(folder), "archives": [str(path.resolve()) for path in archives], "options": options}
+        with atomic_write(folder / "batch.json") as file:
+            json.dump(config | {"threads": os.cpu_count() or 1}, file)
+        return _run_engine(SNAKEFILE.with_name("nyu.smk"), folder, folder / "batch.json", out, None, profile)
+
+
+def _run_engine(
+    snakefile: Path,
+    place: Path,
+    config: Path,
+    out: Path,
+    cores: int | None,
+    profile: Path | None,
+    dry_run: bool = False,
+) -> int:
+    """Run Snakemake in `place`, whose lock the caller holds, and pass its lines on; returns 0, or 1 if a job failed."""
+    quiet = ["--quiet", "rules", "host", "progress", "reason"]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(place)]
+    command += ["--configfile", str(config), "--cores", str(cores or os.cpu_count() or 1)]
+    environment = os.environ | {"D3LIB_RUNS": str(out.resolve())}
+    if any((place / ".snakemake" / "locks").glob("*")):  # a killed batch; ours is the only one now
+        subprocess.run([*command, "--unlock", *quiet], env=environment, check=False)
+    command += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", *quiet]
+    command += ["--dry-run"] if dry_run else []
+    command += ["--profile", str(profile)] if profile else []
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    for line in process.stdout or ():
+        if not any(noise in line for noise in NOISE):
+            print(line, end="", flush=True)
+    return 1 if process.wait() else 0

@@ -65,6 +65,18 @@ def build_parser() -> Parser:
     nyu.add_argument("--target", default="filled", help="training depth: filled or raw (default: filled)")
     nyu.add_argument("--size", type=_size, default=(256, 320), metavar="HxW", help="of the stores (default: 256x320)")
     _add_out(nyu)
+    raw = _command(data, "nyu-raw", _data_nyu_raw, "NYU's raw Kinect archives: synchronise, project, fill, store")
+    raw.add_argument("archives", nargs="+", type=Path, metavar="ZIP-or-DIR", help="raw archives, or extracted folders")
+    raw.add_argument("--frames", type=_frames, default=12000, metavar="N|all", help="equally spaced (default: 12000)")
+    raw.add_argument("--order", default="crop-fill", help="crop-fill or fill-crop (default: crop-fill)")
+    raw.add_argument("--alpha", type=float, default=1.0, help="weight of measured depths in the filling (default: 1)")
+    raw.add_argument("--no-fill", dest="fill", action="store_false", help="keep the holes, as mask")
+    raw.add_argument("--lossless", action="store_true", help="keep 427x561 pictures as PNG instead of JPEG 95")
+    raw.add_argument("--size", type=_size, default=(256, 320), metavar="HxW", help="of the store (default: 256x320)")
+    raw.add_argument("--workers", type=int, help="processes (default: one per core)")
+    raw.add_argument("--step", choices=("plan", "process", "store"), help="one step alone (default: all three)")
+    raw.add_argument("--profile", type=Path, help="run one job per archive by this Snakemake profile (a cluster)")
+    _add_out(raw)
     verify = _command(data, "verify", _data_verify, "check every byte of a store against its digests")
     verify.add_argument("store", type=Path, help="the store's folder")
 
@@ -155,6 +167,16 @@ def _size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, for example 96x128") from None
 
 
+def _frames(text: str) -> int | None:
+    """Parse a number of frames, or "all" (None)."""
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of frames; write for example 12000, or all") from None
+
+
 def _run_of(options: argparse.Namespace) -> Run:
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Run)}
     return make_run(fields.pop("budget") or "smoke", **fields)
@@ -180,6 +202,34 @@ def _data_nyu_labelled(options: argparse.Namespace) -> None:
     file = fetch_labelled(options.download, progress) if options.download else options.file
     for store in prepare_labelled(file, options.out / "data", options.size, options.target, options.splits, progress):
         print(f"{store.path}: {len(store)} frames, digest {store.digest[:16]}")
+
+
+def _data_nyu_raw(options: argparse.Namespace) -> int:
+    from d3lib.data import raw
+
+    recipe = raw.Recipe(options.frames, options.order, options.alpha, options.fill, options.lossless)
+    folder = raw.folder_of(options.out / "data", recipe)
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers is {options.workers}; it must be at least 1")
+    if options.step in (None, "plan"):
+        plan = raw.make_plan(options.archives, folder, recipe)
+        print(f"{folder / 'plan.json'}: {plan['chosen']} of {plan['available']} synchronised pairs, "
+              f"{len(plan['directories'])} directories, {len(plan['left_out'])} left out", flush=True)  # fmt: skip
+    if options.profile is not None:
+        from d3lib.batch import process_archives
+
+        return process_archives(options.archives, recipe, options.size, options.out, options.profile)
+    if options.step in (None, "process"):
+        # of a plan with other archives too, a cluster's job does its own alone
+        done = raw.process(folder, archives=options.archives, workers=options.workers, progress=print)
+        print(f"{folder}: {done['written']} frames, {len(done['skipped'])} skipped, {done['bytes'] / 1e9:.2f} GB")
+        for row in done["skipped"][:9]:
+            print(f"  skipped {row['frame']}: {row['reason']}")
+    if options.step in (None, "store"):
+        target = raw.store_of(options.out / "data", recipe, options.size)
+        store = raw.make_store(folder, target, options.size, print)
+        print(f"{target}: {len(store)} frames, digest {store.digest[:16]}")
+    return 0
 
 
 def _data_verify(options: argparse.Namespace) -> None:

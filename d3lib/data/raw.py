@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from d3lib import artefacts
-from d3lib.data import kinect, nyu
+from d3lib.data import kinect
 from d3lib.data.inpaint import fill_depth
 from d3lib.errors import UserError
 
@@ -132,6 +132,8 @@ def make_plan(archives: Sequence[str | Path], folder: Path, recipe: Recipe) -> d
     Raises `UserError` for an archive that is missing or unreadable, a directory that two archives hold, too few
     frames, or a folder with another plan.
     """
+    from d3lib.data import nyu  # not at the top: it needs torch, which the worker processes need not carry
+
     paths = [Path(archive) for archive in archives]
     if not paths:
         raise UserError("no archives; name NYU's raw zip files, or folders that they were extracted to")
@@ -344,9 +346,18 @@ def _process_directory(job: tuple[str, str, list[str], Recipe, Path]) -> dict[st
     """Make one directory's zip, unless another process has made it meanwhile."""
     path, directory, pairs, recipe, folder = job
     target = folder / "scenes" / f"{directory}.zip"
+    with artefacts.locked(target.with_name(f".{directory}.lock")):
+        if _read_scene(folder, directory, recipe) is None:
+            for rest in target.parent.glob(f".{directory}.*.part.zip"):
+                rest.unlink()  # of a process that was killed: ours is the only one here now
+            _write_scene(target, Path(path), directory, pairs, recipe)
+    return {"frames": len(pairs), "bytes": target.stat().st_size}
+
+
+def _write_scene(target: Path, path: Path, directory: str, pairs: Sequence[str], recipe: Recipe) -> None:
     frames, skipped = [], []
     with (
-        Archive(Path(path)) as archive,
+        Archive(path) as archive,
         artefacts.atomic_path(target) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as out,
     ):
@@ -358,15 +369,14 @@ def _process_directory(job: tuple[str, str, list[str], Recipe, Path]) -> dict[st
             except (UserError, KeyError, ArithmeticError, np.linalg.LinAlgError) as error:
                 skipped.append({"frame": f"{directory}/{stem}", "reason": " ".join(str(error).split())})
                 continue
-            if shutil.disk_usage(folder).free < DISK_RESERVE:
-                raise UserError(f"{folder}: the disk is full; free some space, the same command goes on")
+            if shutil.disk_usage(target.parent).free < DISK_RESERVE:
+                raise UserError(f"{target.parent}: the disk is full; free some space, the same command goes on")
             for ending, data in content.items():
                 out.writestr(zipfile.ZipInfo(f"{stem}.{ending}"), data)  # without today's date: equal bytes
             frames.append({"frame": stem, "pair": pair})
         manifest = {"directory": directory, "recipe": dataclasses.asdict(recipe), "frames": frames, "skipped": skipped}
         text = json.dumps({"format": SCENE, "version": VERSION, "content": manifest}, indent=1, sort_keys=True)
         out.writestr(zipfile.ZipInfo("manifest.json"), text)
-    return {"frames": len(pairs), "bytes": target.stat().st_size}
 
 
 def _encode(rgb: np.ndarray, depth: np.ndarray, measured: np.ndarray, recipe: Recipe) -> dict[str, bytes]:
