@@ -1,0 +1,235 @@
+"""Filling depth: against the official toolbox, and against the equation written down plainly and solved by SciPy."""
+
+import builtins
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.sparse
+import scipy.sparse.linalg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d3lib.data import inpaint
+from d3lib.data.inpaint import fill_depth
+from d3lib.errors import UserError
+
+
+def equation(rgb, depth, alpha=1.0):
+    """(I - W + alpha K, right-hand side), pixel by pixel as in the toolbox's loop, scaled as there."""
+    grey = 0.298936 * (rgb[0] / 255.0) + 0.587043 * (rgb[1] / 255.0) + 0.114021 * (rgb[2] / 255.0)
+    height, width = depth.shape
+    matrix = np.zeros((depth.size, depth.size))
+    known = (depth != 0) & (depth != 10)
+    for i in range(height):
+        for j in range(width):
+            window = [(y, x) for y in (i - 1, i, i + 1) for x in (j - 1, j, j + 1) if y in range(height)]
+            window = [(y, x) for y, x in window if x in range(width)]
+            others = [place for place in window if place != (i, j)]
+            squares = np.array([(grey[place] - grey[i, j]) ** 2 for place in others])
+            spread = 0.6 * np.var([grey[place] for place in window])
+            spread = max(spread, -squares.min() / np.log(0.01), 2e-6)
+            weights = np.exp(-squares / spread)
+            matrix[i * width + j, [y * width + x for y, x in others]] = -weights / weights.sum()
+            matrix[i * width + j, i * width + j] = 1 + alpha * known[i, j]
+    largest = depth[known].max()
+    return matrix, alpha * (known * depth / largest).ravel(), largest
+
+
+def exact(rgb, depth, alpha=1.0):
+    matrix, right, largest = equation(rgb, depth, alpha)
+    return np.linalg.solve(matrix, right).reshape(depth.shape) * largest
+
+
+def frame(seed, height, width, holes, flat=False):
+    """Random colours (in a few flat patches, or at random everywhere), depth, and holes in blobs and single pixels."""
+    rng = np.random.default_rng(seed)
+    rgb = rng.integers(0, 256, (3, height, width), dtype=np.uint8)
+    if flat:
+        rgb = np.repeat(np.repeat(rgb[:, ::4, ::4], 4, 1), 4, 2)[:, :height, :width].copy()
+    depth = rng.uniform(0.5, 12, (height, width))
+    depth[rng.random((height, width)) < holes / 2] = 0
+    top, left = rng.integers(0, height), rng.integers(0, width)
+    depth[top : top + int(holes * height) + 1, left : left + int(holes * width) + 1] = rng.choice([0.0, 10.0])
+    if not ((depth > 0) & (depth != 10)).any():
+        depth[0, 0] = 3.0
+    return rgb, depth
+
+
+@pytest.mark.realdata
+def test_a_real_frame_is_filled_as_by_the_official_toolbox(test_data):
+    with np.load(test_data / "nyu_raw_frame" / "toolbox_reference.npz") as reference:
+        rgb, depth = (reference[f"projected_{name}"][44:471, 40:601] for name in ("rgb", "depth"))
+        expected = reference["filled_427x561"]
+    filled = fill_depth(rgb.transpose(2, 0, 1), depth)
+    assert filled.dtype == np.float64 and np.abs(filled - expected).max() <= 1e-4
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 18), st.integers(1, 18), st.sampled_from([0.0, 0.1, 0.4, 0.9]),
+    st.booleans(), st.sampled_from([1.0, 0.3, 2.0, 50.0]),
+)  # fmt: skip
+def test_any_frame_solves_the_equation(seed, height, width, holes, flat, alpha):
+    rgb, depth = frame(seed, height, max(width, 3 - height), holes, flat)
+    assert np.abs(fill_depth(rgb, depth, alpha) - exact(rgb, depth, alpha)).max() <= 1e-4
+
+
+def test_a_larger_frame_solves_the_equation():
+    rgb, depth = frame(3, 40, 55, 0.5, flat=True)
+    matrix, right, largest = equation(rgb, depth)
+    solved = scipy.sparse.linalg.spsolve(scipy.sparse.csc_array(matrix), right).reshape(depth.shape) * largest
+    assert np.abs(fill_depth(rgb, depth) - solved).max() <= 1e-4
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 0.02])
+def test_a_weak_pull_on_known_pixels_is_solved_directly(alpha, monkeypatch):
+    turns = []
+    alternate = inpaint._alternate
+    monkeypatch.setattr(inpaint, "_alternate", lambda *a: turns.append(alternate(*a)) or turns[-1])
+    rgb, depth = frame(5, 24, 30, 0.3)
+    assert np.abs(fill_depth(rgb, depth, alpha) - exact(rgb, depth, alpha)).max() <= 1e-6
+    assert turns == [None]
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 9.9), st.sampled_from([0.1, 1.0, 10.0]))
+def test_constant_depth_stays_constant(seed, metres, alpha):
+    rgb, depth = frame(seed, 12, 15, 0.5)
+    depth = np.where((depth == 0) | (depth == 10), depth, metres)
+    np.testing.assert_allclose(fill_depth(rgb, depth, alpha), metres, rtol=0, atol=1e-4)
+
+
+def test_a_fully_valid_frame_is_smoothed_as_the_equation_says():
+    rgb, depth = frame(7, 16, 20, 0.0)
+    depth = np.where((depth == 0) | (depth == 10), 2.0, depth)
+    filled = fill_depth(rgb, depth)
+    assert np.abs(filled - exact(rgb, depth)).max() <= 1e-4
+    assert np.abs(filled - depth).max() > 0.1
+
+
+def test_a_known_pixel_moves_to_the_mean_of_its_measurement_and_its_neighbours():
+    # One colour: all weights are equal. Two pixels see each other alone: 2 x = y + 2, 2 y = x + 5.
+    filled = fill_depth(np.zeros((3, 1, 2), np.uint8), np.array([[2.0, 5.0]]))
+    np.testing.assert_allclose(filled, [[3.0, 4.0]], atol=1e-4)
+    held = fill_depth(np.zeros((3, 1, 2), np.uint8), np.array([[2.0, 5.0]]), alpha=1e6)
+    np.testing.assert_allclose(held, [[2.0, 5.0]], atol=1e-4)
+
+
+def test_ten_metres_is_missing_and_values_beyond_are_known():
+    # A hole takes what its only known neighbour has: 2 x = y + d, y = x give d.
+    for marked in (0.0, 10.0):
+        filled = fill_depth(np.zeros((3, 1, 2), np.uint8), np.array([[4.0, marked]]))
+        np.testing.assert_allclose(filled, [[4.0, 4.0]], atol=1e-4)
+    filled = fill_depth(np.zeros((3, 1, 2), np.uint8), np.array([[4.0, 10.3]]))
+    np.testing.assert_allclose(filled, [[4 + 6.3 / 3, 10.3 - 6.3 / 3]], atol=1e-4)
+
+
+def test_the_edges_of_a_fill_follow_the_edges_of_the_picture():
+    rgb = np.zeros((3, 40, 60), np.uint8)
+    slant = np.arange(60) >= 25 + np.arange(40)[:, None] // 4
+    rgb[:, slant] = 200
+    depth = np.where(slant, 4.0, 2.0)
+    depth[8:30, 18:46] = 0
+    filled = fill_depth(rgb, depth)
+    assert np.abs(filled - np.where(slant, 4.0, 2.0)).max() < 0.05
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 2), (2, 1), (1, 40), (40, 1), (2, 2), (3, 3), (2, 30)])
+def test_pictures_one_pixel_wide_and_their_borders_solve_the_equation(height, width):
+    rgb, depth = frame(11, height, width, 0.3)
+    assert np.abs(fill_depth(rgb, depth) - exact(rgb, depth)).max() <= 1e-4
+
+
+def test_one_known_pixel_fills_the_whole_frame_whatever_its_colours():
+    rgb, depth = frame(13, 30, 30, 0.0, flat=True)
+    depth[:] = 0
+    depth[29, 0] = 3.5
+    np.testing.assert_allclose(fill_depth(rgb, depth), 3.5, atol=1e-4)
+
+
+def test_the_fill_lies_between_the_smallest_and_the_largest_known_depth():
+    rgb, depth = frame(17, 30, 40, 0.5)
+    known = depth[(depth > 0) & (depth != 10)]
+    filled = fill_depth(rgb, depth)
+    assert known.min() - 1e-9 <= filled.min() and filled.max() <= known.max() + 1e-9
+
+
+def test_the_input_is_left_as_it_was_and_its_layout_and_precision_do_not_matter():
+    rgb, depth = frame(19, 20, 25, 0.3)
+    depth = depth.astype(np.float32)
+    before = rgb.copy(), depth.copy()
+    filled = fill_depth(rgb, depth)
+    assert (rgb == before[0]).all() and (depth == before[1]).all()
+    for array in (rgb, depth):
+        array.flags.writeable = False
+    turned = fill_depth(np.asfortranarray(rgb), np.asfortranarray(depth.astype(np.float64)))
+    assert (turned == filled).all()
+
+
+GOOD = np.zeros((3, 4, 5), np.uint8), np.full((4, 5), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("rgb", "depth", "alpha", "says"),
+    [
+        (GOOD[0], np.zeros((4, 5)), 1.0, "no valid depth"),
+        (GOOD[0], np.full((4, 5), 10.0), 1.0, "no valid depth"),
+        (GOOD[0], np.full((4, 5), np.nan), 1.0, "NaN"),
+        (GOOD[0], np.full((4, 5), np.inf), 1.0, "infinite"),
+        (GOOD[0], np.full((4, 5), -1.0), 1.0, "negative"),
+        (GOOD[0], np.full((5, 4), 2.0), 1.0, r"\(4, 5\)"),
+        (GOOD[0], np.full((1, 4, 5), 2.0), 1.0, r"\(4, 5\)"),
+        (GOOD[0], np.full((4, 5), 2000, np.uint16), 1.0, "uint16"),
+        (GOOD[0].transpose(1, 2, 0), GOOD[1], 1.0, r"\(3, H, W\)"),
+        (GOOD[0] / 255, GOOD[1], 1.0, "uint8"),
+        (np.zeros((3, 1, 1), np.uint8), np.full((1, 1), 2.0), 1.0, "2 pixels"),
+        (np.zeros((3, 0, 5), np.uint8), np.zeros((0, 5)), 1.0, "2 pixels"),
+        (*GOOD, 0.0, "alpha"),
+        (*GOOD, -1.0, "alpha"),
+        (*GOOD, float("nan"), "alpha"),
+        (*GOOD, float("inf"), "alpha"),
+    ],
+)
+def test_what_cannot_be_filled_gets_one_clear_line(rgb, depth, alpha, says):
+    with pytest.raises(UserError, match=says) as caught:
+        fill_depth(rgb, depth, alpha)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["numba", "scipy"])
+def test_without_numba_or_scipy_the_message_names_the_extra(missing, monkeypatch):
+    real = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name.split(".")[0] == missing:
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    inpaint._kernels.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(UserError, match=r'pip install "d3lib\[raw\]"'):
+        fill_depth(*GOOD)
+    monkeypatch.undo()
+    assert np.allclose(fill_depth(*GOOD), 2.0)
+
+
+def test_a_process_that_fills_a_full_size_frame_stays_small_and_without_torch():
+    code = """
+import resource, sys
+import numpy as np
+from d3lib.data.inpaint import fill_depth
+assert not {"numba", "scipy"} & set(sys.modules)
+rng = np.random.default_rng(0)
+rgb = rng.integers(0, 256, (3, 427, 561), dtype=np.uint8)
+depth = rng.uniform(1, 9, (427, 561))
+depth[100:220, 200:400] = 0
+fill_depth(rgb, depth)
+assert "torch" not in sys.modules
+# What this process itself held at most: ru_maxrss begins at the size of the process that started it.
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+print(int(peak) / 1024)
+"""
+    peak = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert peak < 400
