@@ -20,7 +20,7 @@ TRAINING_CODE = ("d3lib.execution",)
 """The modules whose code decides a run's result, given its data and parameters."""
 BESIDE_THE_POINT = (
     *("d3lib.artefacts", "d3lib.errors", "d3lib.experiments", "d3lib.provenance", "d3lib.records"),
-    *("d3lib.data.folder", "d3lib.data.prepare", "d3lib.data.rooms"),
+    *("d3lib.data.folder", "d3lib.data.nyu", "d3lib.data.prepare", "d3lib.data.rooms"),
 )
 """Imported by training code but without effect on a run's numbers (data carry a digest of their own)."""
 

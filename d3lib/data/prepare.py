@@ -14,10 +14,12 @@ from torch import Tensor
 from d3lib.artefacts import digest_json, locked
 from d3lib.data import rooms, shards
 from d3lib.data.folder import FolderRGBD
+from d3lib.errors import UserError
 from d3lib.provenance import code_digest
 
 MEMORY = 2**31  # bytes; a store smaller than this is read once and kept in memory
 BYTES_A_PIXEL = 7  # rgb, depth and exact depth
+BESIDE_THE_PICTURES = ("d3lib.errors", "d3lib.artefacts", "d3lib.data.rooms.recording")  # change no rendered pixel
 RENDER_BATCH = 16  # frames a process renders at once; more is no faster on a CPU and costs memory
 
 
@@ -54,15 +56,13 @@ class RoomsStore:
             "height": self.height,
             "width": self.width,
             "shading": self.shading,
-            "code": code_digest("d3lib.data.rooms", without=("d3lib.errors",)),
+            "code": code_digest("d3lib.data.rooms", without=BESIDE_THE_PICTURES),
         }
 
     def open(self, progress: Callable[[str], None] | None = None) -> shards.Store:
         """The store, rendered first if it is missing or was rendered by other code."""
-        if (self.folder / "store.json").is_file():
-            store = shards.open_store(self.folder)
-            if store.source == self.source:
-                return store
+        if store := shards.open_if_from(self.folder, self.source):
+            return store
         frames = rooms.frames(self.split, scenes=self.scenes, views=self.views)
         names = [f"{seed}-{view:04d}" for seed, view in frames]
         return shards.write_store(self.folder, self._rendered(frames, progress), source=self.source, names=names)
@@ -104,15 +104,27 @@ class FolderStore:
         if progress is not None:
             progress(f"{self.pictures}: {pairs.report}")
         with locked(self.root / f".{self.folder.name}.lock"):
-            return _open_if_from(self.folder, pairs.source) or pairs.to_store(self.folder)
+            found = shards.open_if_from(self.folder, pairs.source)
+            return _in_memory_if_small(found) if found else pairs.to_store(self.folder)
 
 
-def _open_if_from(folder: Path, source: Mapping[str, Any]) -> shards.Store | None:
-    """The store in `folder` if there is one and it was made from `source`."""
+def open_nyu(root: Path, name: str, height: int, width: int) -> shards.Store:
+    """A prepared set of NYU Depth V2: train (795), 12k, 230k, test or test-raw. Raises `UserError` if it is not there.
+
+    A training set is kept in memory if it is small; a test set, at full size and rarely read, is not.
+    """
+    folder = root / f"nyu-{name}-{height}x{width}"
     if not (folder / "store.json").is_file():
-        return None
+        how = f"nyu-raw ZIP-or-DIR... --frames {'all' if name == '230k' else 12000}"
+        how = how if name in ("12k", "230k") else "nyu-labeled nyu_depth_v2_labeled.mat"
+        raise UserError(
+            f"{folder}: NYU Depth V2 is not prepared there; make it with `d3lib data {how} --size {height}x{width}`, "
+            "or use --data rooms or --data folder:PATH"
+        )
     store = shards.open_store(folder)
-    if store.source != source:
-        return None
+    return store if name.startswith("test") else _in_memory_if_small(store)
+
+
+def _in_memory_if_small(store: shards.Store) -> shards.Store:
     small = len(store) * math.prod(store.size) * BYTES_A_PIXEL < MEMORY
-    return shards.open_store(folder, in_memory=True) if small else store
+    return shards.open_store(store.path, in_memory=True) if small else store

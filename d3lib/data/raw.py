@@ -472,10 +472,8 @@ def make_store(folder: Path, target: Path, size: tuple[int, int], progress: Prog
         "scenes": {name: _stamp(folder / "scenes" / f"{name}.zip") for name in plan["directories"]},
     }
     with artefacts.locked(target.parent / f".{target.name}.lock"):
-        if (target / "store.json").is_file():
-            store = shards.open_store(target)
-            if store.source == source:
-                return store
+        if store := shards.open_if_from(target, source):
+            return store
         recipe = Recipe(**plan["recipe"])
         manifests = {name: _read_scene(folder, name, recipe) or {"frames": []} for name in plan["directories"]}
         names = [f"{name}/{row['frame']}" for name, found in manifests.items() for row in found["frames"]]

@@ -140,6 +140,12 @@ def open_store(path: str | Path, *, in_memory: bool = False) -> Store:
     return store
 
 
+def open_if_from(path: str | Path, source: Mapping[str, Any]) -> Store | None:
+    """The store in `path` if it is there and was made from `source`, else None. Raises `UserError` as `open_store`."""
+    store = open_store(path) if (Path(path) / "store.json").is_file() else None
+    return store if store is not None and store.source == source else None
+
+
 def write_store(
     path: str | Path,
     batches: Iterable[Mapping[str, torch.Tensor]],
