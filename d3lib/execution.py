@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +27,9 @@ from d3lib.artefacts import (
     save_weights,
     write_json,
 )
-from d3lib.data.loader import eval_batches, train_batches
-from d3lib.data.prepare import FolderStore, RoomsStore
+from d3lib.data import nyu
+from d3lib.data.loader import eval_batches, resize_sample, train_batches
+from d3lib.data.prepare import FolderStore, RoomsStore, open_nyu
 from d3lib.data.shards import Store
 from d3lib.errors import UserError
 from d3lib.evaluation import as_predictor, evaluate
@@ -49,18 +50,26 @@ Progress = Callable[[str], None]
 class Sources:
     """The data of one run: sets by name, how many frames of each to use, and the depth that results count against."""
 
-    sets: Mapping[str, Dataset]  # train, val, test, and for rooms unseen
-    frames: Mapping[str, range]  # which frames of each set
+    sets: Mapping[str, Dataset]  # train, val, test; rooms: unseen; NYU: test_raw and both at full size, test..._full
+    frames: Mapping[str, Sequence[int]]  # which frames of each set
     target: str  # "exact" where the true depth is known, else "depth"
     digest: str
     description: str
 
     def batches(self, name: str, run: Run, device: str, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """Evaluation batches of the named set, in order, at the run's size; at most `limit` frames."""
-        size = (run.height, run.width)
-        return eval_batches(
-            self.sets[name], frames=self.frames[name][:limit], batch_size=EVAL_BATCH, size=size, device=device
+        """Evaluation batches of the named set, in order, at the run's size; at most `limit` frames.
+
+        Of a set named `..._full` the pictures alone are resized: its depth keeps the size it is scored at.
+        """
+        size, full = (run.height, run.width), name.endswith("_full")
+        batches = eval_batches(
+            self.sets[name],
+            frames=self.frames[name][:limit],
+            batch_size=EVAL_BATCH,
+            size=None if full else size,
+            device=device,
         )
+        return (batch | resize_sample({"rgb": batch["rgb"]}, size) for batch in batches) if full else batches
 
 
 def stores_of(run: Run, data_root: Path) -> dict[str, RoomsStore]:
@@ -95,9 +104,7 @@ def open_sources(run: Run, data_root: Path, progress: Progress | None = None) ->
         text = f"synthetic rooms, {len(frames['train'])} frames of {budget.train_scenes} scenes"
         return Sources(stores, frames, "exact", _digest_of(stores, frames), text)
     if run.data == "nyu":
-        raise UserError(
-            f"{data_root / 'nyu'}: NYU Depth V2 is not prepared there; use --data rooms or --data folder:PATH"
-        )
+        return _nyu_sources(run, data_root)
     return _folder_sources(run, data_root, progress)
 
 
@@ -127,7 +134,31 @@ def _folder_sources(run: Run, data_root: Path, progress: Progress | None) -> Sou
     return Sources(sets, frames, "depth", _digest_of(sets, frames), text)
 
 
-def _digest_of(stores: Mapping[str, Store], frames: Mapping[str, range]) -> str:
+def _nyu_sources(run: Run, data_root: Path) -> Sources:
+    """NYU Depth V2 as `d3lib data nyu-labeled` and `nyu-raw` prepared it.
+
+    Validation frames are the labelled ones of a fixed tenth of the training scenes, the same for every training set,
+    which leaves these scenes out. Results count against the filled depths (as the paper's), `test_raw` against the
+    sensor's own.
+    """
+    held_out = nyu.validation_scenes()
+    name = "train" if run.train_set == "795" else run.train_set
+    labelled, train = (open_nyu(data_root, part, run.height, run.width) for part in ("train", name))
+    sets = {"train": train, "val": labelled}
+    for part in ("test", "test-raw"):
+        sets[part.replace("-", "_")] = sets[part.replace("-", "_") + "_full"] = open_nyu(
+            data_root, part, *nyu.FULL_SIZE
+        )
+    frames: dict[str, Sequence[int]] = {part: range(len(store)) for part, store in sets.items()}
+    frames["train"] = [index for index, name in enumerate(train.names) if nyu.scene_of(name) not in held_out]
+    frames["val"] = [index for index, name in enumerate(labelled.names) if nyu.scene_of(name) in held_out]
+    if not frames["train"] or not frames["val"]:
+        raise UserError(f"{train.path}: no frames outside, or none inside the validation scenes; prepare NYU anew")
+    text = f"NYU Depth V2 {run.train_set}, {len(frames['train'])} frames ({len(train)} less those of validation scenes)"
+    return Sources(sets, frames, "depth", _digest_of(sets, frames), text)
+
+
+def _digest_of(stores: Mapping[str, Store], frames: Mapping[str, Sequence[int]]) -> str:
     """A digest of the frames a run sees: each store's content, and which part of it."""
     return digest_json({name: [store.digest, *map(str, (frames[name],))] for name, store in stores.items()})
 

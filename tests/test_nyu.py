@@ -191,9 +191,9 @@ def test_three_stores_hold_what_the_file_holds(small, tmp_path):
 
 
 def test_a_store_is_stretched_to_its_size(small, tmp_path):
-    store = prepare(small, tmp_path)[2]
+    store = prepare(small, tmp_path, target="raw")[0]
     with nyu.LabelledSet(small) as frames:
-        expected = resize_sample(frames.sample(2, "raw"), (64, 80))
+        expected = resize_sample(frames.sample(3, "raw"), (64, 80))
     assert store.size == (64, 80)
     assert torch.equal(store[1]["rgb"], expected["rgb"]) and torch.equal(store[1]["valid"], expected["valid"])
     assert (store[1]["depth"] - expected["depth"]).abs().max() <= 0.00051
@@ -201,7 +201,7 @@ def test_a_store_is_stretched_to_its_size(small, tmp_path):
 
 def test_with_raw_target_training_depths_have_holes(small, tmp_path):
     stores = prepare(small, tmp_path, target="raw")
-    assert [store.path.name for store in stores] == ["nyu-train-raw-64x80", "nyu-test-64x80", "nyu-test-raw-64x80"]
+    assert [store.path.name for store in stores] == ["nyu-train-raw-64x80", "nyu-test-427x561", "nyu-test-raw-427x561"]
     assert not stores[0][0]["valid"].all() and stores[1][0]["valid"].all() and not stores[2][0]["valid"].all()
 
 
@@ -239,8 +239,8 @@ def test_progress_counts_the_frames_of_each_store(small, tmp_path):
     prepare(small, tmp_path, progress=said.append)
     assert [line.split(",")[0] for line in said] == [
         "nyu-train-64x80: 2/2 frames",
-        "nyu-test-64x80: 2/2 frames",
-        "nyu-test-raw-64x80: 2/2 frames",
+        "nyu-test-427x561: 2/2 frames",
+        "nyu-test-raw-427x561: 2/2 frames",
     ]
 
 

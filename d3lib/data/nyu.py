@@ -25,15 +25,14 @@ import torch
 
 from d3lib import artefacts
 from d3lib.data import shards
+from d3lib.data.kinect import CROP, HEIGHT, MAX_DEPTH, WIDTH
 from d3lib.data.loader import resize_sample
 from d3lib.errors import UserError
 from d3lib.provenance import code_digest
 
 FRAMES = 1449
 BYTES, MD5 = 2_972_037_809, "520609c519fba3ba5ac58c8fefcc3530"  # of the file that NYU publishes
-HEIGHT, WIDTH = 480, 640  # pixels
-CROP = (slice(44, 471), slice(40, 601))  # rows, columns: the toolbox's, inside the white border of projected pictures
-MAX_DEPTH = 10.0  # metres: where the toolbox cuts off, so a raw depth of 10 says only "far"
+FULL_SIZE = (427, 561)  # pixels: what the toolbox's crop leaves
 TARGETS = {"filled": "depths", "raw": "rawDepths"}
 VALIDATION_SCENES = 25
 MAX_SIDE = 2048  # pixels: what a store's frames may measure
@@ -230,9 +229,9 @@ def prepare_labelled(
 ) -> list[shards.Store]:
     """Make three stores below `data_root` from the labelled file: training, test, and test with raw depths.
 
-    They are `nyu-train-HxW` (or `nyu-train-raw-HxW` where `target` is "raw"), `nyu-test-HxW` and
-    `nyu-test-raw-HxW`; a frame is cropped to 427x561, stretched to `size` (see `loader.resize_sample`) and named
-    `<scene>/<number>`, counted from 1 in four digits. A store made already from the same file by the same code is
+    They are `nyu-train-HxW` (or `nyu-train-raw-HxW` where `target` is "raw"), whose frames are cropped to 427x561 and
+    stretched to `size` (see `loader.resize_sample`), and `nyu-test-427x561` and `nyu-test-raw-427x561`, which are
+    scored at that size and at the network's. Frames are named `<scene>/<number>`, counted from 1 in four digits. A store made already from the same file by the same code is
     kept. `splits`: a splits.mat to check (see `check_splits`). `split`: other frames than `official_split`. Raises
     `UserError` for bad input; a file or scenes other than NYU's are worth a logged warning.
     """
@@ -254,14 +253,18 @@ def prepare_labelled(
         _log.warning("%s: not the file that NYU publishes (MD5 %s, not %s); its frames are taken as they are",
                      path, md5, MD5)  # fmt: skip
     stores = []
-    for part, depth in (("train", target), ("test", "filled"), ("test", "raw")):
+    for part, depth, (height, width) in (
+        ("train", target, size),
+        ("test", "filled", FULL_SIZE),
+        ("test", "raw", FULL_SIZE),
+    ):
         source = {
-            "kind": "nyu-labeled", "part": part, "target": depth, "size": list(size), "md5": md5,
+            "kind": "nyu-labeled", "part": part, "target": depth, "size": [height, width], "md5": md5,
             "frames": artefacts.digest_json(split[part].tolist()), "code": code_digest("d3lib.data.nyu"),
         }  # fmt: skip
-        folder = data_root / f"nyu-{part}{'-raw' if depth == 'raw' else ''}-{size[0]}x{size[1]}"
+        folder = data_root / f"nyu-{part}{'-raw' if depth == 'raw' else ''}-{height}x{width}"
         with artefacts.locked(data_root / f".{folder.name}.lock"):
-            stores.append(_open_if_from(folder, source) or _write(folder, frames, split[part], source, progress))
+            stores.append(shards.open_if_from(folder, source) or _write(folder, frames, split[part], source, progress))
     return stores
 
 
@@ -274,12 +277,6 @@ def _warn_of_scenes(frames: LabelledSet, split: Mapping[str, np.ndarray]) -> Non
     if shared := scenes["test"] & training_scenes():
         _log.warning("%s: %d scenes of test frames are training scenes (%s)",
                      frames.path, len(shared), ", ".join(sorted(shared)[:3]))  # fmt: skip
-
-
-def _open_if_from(folder: Path, source: Mapping[str, Any]) -> shards.Store | None:
-    """The store in `folder` if there is one and it was made from `source`."""
-    store = shards.open_store(folder) if (folder / "store.json").is_file() else None
-    return store if store is not None and store.source == source else None
 
 
 def _write(
