@@ -231,9 +231,10 @@ def prepare_labelled(
 
     They are `nyu-train-HxW` (or `nyu-train-raw-HxW` where `target` is "raw"), whose frames are cropped to 427x561 and
     stretched to `size` (see `loader.resize_sample`), and `nyu-test-427x561` and `nyu-test-raw-427x561`, which are
-    scored at that size and at the network's. Frames are named `<scene>/<number>`, counted from 1 in four digits. A store made already from the same file by the same code is
-    kept. `splits`: a splits.mat to check (see `check_splits`). `split`: other frames than `official_split`. Raises
-    `UserError` for bad input; a file or scenes other than NYU's are worth a logged warning.
+    scored at that size and at the network's. Frames are named `<scene>/<number>`, counted from 1 in four digits. A
+    store made already from the same file by the same code is kept. `splits`: a splits.mat to check (see
+    `check_splits`). `split`: other frames than `official_split`. Raises `UserError` for bad input; a file or scenes
+    other than NYU's are worth a logged warning.
     """
     if target not in TARGETS:
         raise UserError(f"target {target!r} is unknown; choose {' or '.join(TARGETS)}")
