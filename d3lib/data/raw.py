@@ -278,7 +278,10 @@ def _run_jobs(jobs: Mapping[str, tuple], workers: int, ticker: _Ticker) -> None:
         for job in jobs.values():
             ticker.add(_process_directory(job))
         return
-    # neither torch nor open files are inherited: a worker stays small
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    before = {name: os.environ.get(name) for name in threads}
+    os.environ.update(threads)  # a process has one core: BLAS threads would only get in each other's way
+    # spawned: neither torch nor open files are inherited, a worker stays small
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet)
     try:
         for future in as_completed([pool.submit(_process_directory, job) for job in jobs.values()]):
@@ -286,6 +289,9 @@ def _run_jobs(jobs: Mapping[str, tuple], workers: int, ticker: _Ticker) -> None:
     except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
         raise
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
     pool.shutdown()
 
 
