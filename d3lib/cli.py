@@ -120,7 +120,7 @@ def build_parser() -> Parser:
     _add_places(gate)
 
     bench = _command(commands, "bench", _bench, "measure speed against named baselines, in one run")
-    bench.add_argument("what", nargs="?", default="all", help="rooms, train, or all (default: all)")
+    bench.add_argument("what", nargs="?", default="all", help="rooms, train, data, or all (default: all)")
     bench.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser
 

@@ -3,6 +3,7 @@
 import builtins
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import scipy.sparse.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d3lib import bench
 from d3lib.data import inpaint
 from d3lib.data.inpaint import fill_depth
 from d3lib.errors import UserError
@@ -168,6 +170,33 @@ def test_the_input_is_left_as_it_was_and_its_layout_and_precision_do_not_matter(
     assert (turned == filled).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (9, 14)])
+def test_the_benchmark_solves_the_same_equation(shape):
+    rgb, depth = frame(23, *shape, 0.4)
+    matrix, right = bench._fill_system(rgb, depth)
+    expected, scaled, largest = equation(rgb, depth)
+    np.testing.assert_allclose(matrix.toarray(), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(right, scaled * largest, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_filling_is_at_least_twelve_times_faster_than_spsolve_in_the_same_process(tmp_path):
+    rows = bench.bench("data", tmp_path / "bench.json")
+    assert all(row["rate"] >= 12 and row["unit"] == "x" for row in rows)
+    assert [row["name"] for row in rows][0] == "fill_depth / spsolve, room 427x561"
+
+
+def test_without_the_extra_the_benchmark_says_so_and_the_others_still_run(monkeypatch, capsys):
+    def absent():
+        raise UserError("filling depth needs numba")
+
+    row = {"name": "quick", "unit": "x", "rate": 1.0, "low": 1.0, "high": 1.0}
+    monkeypatch.setattr(bench, "BENCHES", {"data": absent, "quick": lambda: [row]})
+    assert bench.bench() == [row] and "data: filling depth needs numba" in capsys.readouterr().out
+    with pytest.raises(UserError, match="numba"):
+        bench.bench("data")
+
+
 GOOD = np.zeros((3, 4, 5), np.uint8), np.full((4, 5), 2.0)
 
 
@@ -215,6 +244,7 @@ def test_without_numba_or_scipy_the_message_names_the_extra(missing, monkeypatch
     assert np.allclose(fill_depth(*GOOD), 2.0)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
 def test_a_process_that_fills_a_full_size_frame_stays_small_and_without_torch():
     code = """
 import resource, sys
