@@ -110,6 +110,18 @@ def test_scenes_are_read_through_the_references_and_a_missing_frame_is_an_index_
                 frames.sample(index)
 
 
+def test_frames_come_in_the_order_asked_for_whatever_the_blocks_they_are_read_in(tmp_path):
+    depth = pictures(30)[1]
+    path = write_labelled(tmp_path / "long.mat", 30, chunks=(20, 1, 100, 90))
+    wanted = [3, 17, 18, 29, 0, 15, 15, 16]
+    with nyu.LabelledSet(path) as frames:
+        found = list(frames.samples(wanted, crop=False))
+        assert [int(sample["rgb"][2, 0, 0]) for sample in found] == wanted  # blue of the first pixel is the frame
+        assert all(np.array_equal(s["depth"].numpy()[0], depth[i]) for s, i in zip(found, wanted, strict=True))
+        with pytest.raises(IndexError):
+            list(frames.samples([28, 30]))
+
+
 def test_the_official_split_has_795_and_654_frames_that_share_none():
     split = nyu.official_split()
     assert {part: len(indices) for part, indices in split.items()} == {"train": 795, "test": 654}

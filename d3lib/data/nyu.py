@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ FULL_SIZE = (427, 561)  # pixels: what the toolbox's crop leaves
 TARGETS = {"filled": "depths", "raw": "rawDepths"}
 VALIDATION_SCENES = 25
 MAX_SIDE = 2048  # pixels: what a store's frames may measure
-MAX_CHUNK, CACHE = 1 << 25, 1 << 24  # bytes of each dataset: to hold for one pixel at most, and to keep for the next
+MAX_CHUNK = 1 << 25  # bytes: what HDF5 must hold to read one pixel
+BLOCK = 16  # frames read at once where chunks hold several: 27 MB, and a chunk is unpacked less often
 _NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 _ADVICE = "get nyu_depth_v2_labeled.mat again (`d3lib data nyu-labeled --download DIR`)"
 _log = logging.getLogger(__name__)
@@ -116,8 +118,8 @@ class LabelledSet:
         if not self.path.is_file():  # nor a pipe, which would wait for ever
             raise UserError(f"{path}: no such file; name nyu_depth_v2_labeled.mat, or use --download DIR")
         with self._blame():
-            # network disks of clusters cannot always lock; a chunk may hold several frames
-            self._file = h5py.File(self.path, "r", locking="best-effort", rdcc_nbytes=CACHE)
+            # network disks of clusters cannot always lock
+            self._file = h5py.File(self.path, "r", locking="best-effort")
             self._count = self._array("images").shape[:1]  # (n,)
             self._data = {
                 key: self._array(key, (*self._count, *shape), dtype)
@@ -144,17 +146,28 @@ class LabelledSet:
         `target`: the depth, "filled" (`depths`) or "raw" (`rawDepths`: 0 and 10 m or more are invalid). Raises
         `IndexError`, and `UserError` if the frame cannot be read or has no valid depth.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"no such frame: {self.path} has {len(self)}")
+        return next(self.samples([index], target, crop))
+
+    def samples(
+        self, indices: Iterable[int], target: str = "filled", crop: bool = True
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """`sample` of each of `indices`, in that order; much faster for neighbours where chunks hold several frames."""
         rows, columns = CROP if crop else (slice(None), slice(None))
-        with self._blame(f"frame {index + 1} "):
-            rgb = self._data["images"][index, :, columns, rows].transpose(0, 2, 1)  # (3, W, H) → (3, H, W)
-            depth = self._data[TARGETS[target]][index, columns, rows].T[None]  # (W, H) → (1, H, W)
-            valid = (depth > 0) & ((depth < MAX_DEPTH) if target == "raw" else (depth <= MAX_DEPTH))
-            if not np.isfinite(depth).all() or depth.min() < 0 or not valid.any():
-                raise ValueError(f"of {TARGETS[target]} is negative, not finite or nowhere within {MAX_DEPTH:g} m")
-        arrays = {"rgb": rgb, "depth": np.where(valid, depth, np.float32(0)), "valid": valid}
-        return {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
+        images, depths = self._data["images"], self._data[TARGETS[target]]
+        block = min(max((data.chunks or (1,))[0] for data in (images, depths)), BLOCK)
+        for _, neighbours in itertools.groupby(indices, lambda index: index // block):
+            group = list(neighbours)
+            first, last = min(group), max(group)
+            if not 0 <= first <= last < len(self):
+                raise IndexError(f"no such frame: {self.path} has {len(self)}")
+            with self._blame(f"frame {first + 1} " if first == last else f"frames {first + 1} to {last + 1} "):
+                rgb = images[first : last + 1, :, columns, rows].transpose(0, 1, 3, 2)  # (n, 3, W, H) → (n, 3, H, W)
+                depth = depths[first : last + 1, columns, rows].transpose(0, 2, 1)[:, None]  # → (n, 1, H, W)
+            for index in group:
+                with self._blame(f"frame {index + 1} "):
+                    sample = _make_sample(rgb[index - first], depth[index - first], target)
+                yield sample
+            del rgb, depth  # or the next would be read before these are let go
 
     def _array(self, key: str, shape: tuple[int, ...] | None = None, dtype: Any = None) -> h5py.Dataset:
         """A dataset of this very file, of this form and all there."""
@@ -208,6 +221,15 @@ class LabelledSet:
             reason = " ".join(str(error).replace(str(self.path), "file").split())[:200]
             reason = f"{what}cannot be read: {reason}" if isinstance(error, OSError | RuntimeError) else what + reason
             raise UserError(f"{self.path}: not a sound labelled set, {reason}; {_ADVICE}") from error
+
+
+def _make_sample(rgb: np.ndarray, depth: np.ndarray, target: str) -> dict[str, torch.Tensor]:
+    """Colour (3, H, W) and depth (1, H, W), views of any layout, as a sample; raises `ValueError` for bad depth."""
+    valid = (depth > 0) & ((depth < MAX_DEPTH) if target == "raw" else (depth <= MAX_DEPTH))
+    if not np.isfinite(depth).all() or depth.min() < 0 or not valid.any():
+        raise ValueError(f"of {TARGETS[target]} is negative, not finite or nowhere within {MAX_DEPTH:g} m")
+    arrays = {"rgb": rgb, "depth": np.where(valid, depth, np.float32(0)), "valid": valid}
+    return {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
 
 
 def _plain(found: Any, what: str) -> h5py.Dataset:
@@ -289,9 +311,8 @@ def _write(
 ) -> shards.Store:
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         start = time.perf_counter()
-        for done, index in enumerate(indices.tolist(), 1):
-            sample = resize_sample(frames.sample(index, source["target"]), tuple(source["size"]))
-            yield {key: image[None] for key, image in sample.items()}
+        for done, sample in enumerate(frames.samples(indices.tolist(), source["target"]), 1):
+            yield {key: image[None] for key, image in resize_sample(sample, tuple(source["size"])).items()}
             if progress is not None and (done % 100 == 0 or done == len(indices)):
                 rate = done / (time.perf_counter() - start)
                 progress(f"{folder.name}: {done}/{len(indices)} frames, {rate:.1f} frames/s")
