@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -115,8 +118,37 @@ def _bench_data() -> list[dict[str, Any]]:
             rgb, depth = (content[f"projected_{name}"][44:471, 40:601] for name in ("rgb", "depth"))
         frames["real"] = rgb.transpose(2, 0, 1), depth
     rows = [_fill_against_spsolve(f"fill_depth / spsolve, {name} 427x561", *frames[name]) for name in frames]
-    # the whole raw pipeline, in frames/s, is a row to add here: rows.append(_rate(name, "frames/s", count, work))
-    return rows
+    return [*rows, _raw_pipeline()]
+
+
+def _raw_pipeline(frames: int = 96) -> dict[str, Any]:
+    """Frames a second from a zip of Kinect dumps to kept 427x561 frames: unzip, project, crop, fill, encode, write.
+
+    One synthetic recording's frame, many times over in several directories, on all cores.
+    """
+    from d3lib.data import nyu, raw
+    from d3lib.data.rooms import make_camera, make_scene, recording
+
+    with tempfile.TemporaryDirectory() as place:
+        archive, directories = Path(place) / "recording.zip", nyu.training_directories()[:8]
+        rgb, disparity = recording.capture(make_scene(3011), make_camera(3011, 0))
+        pictures = {
+            "r-{:.6f}-1.ppm": b"P6 640 480 255\n" + rgb.tobytes(),
+            "d-{:.6f}-1.pgm": b"P5 640 480 65535\n" + disparity.astype("<u2").tobytes(),
+        }
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            for number in range(frames):
+                for name, content in pictures.items():
+                    file.writestr(f"{directories[number % 8]}/{name.format(1.3e9 + number)}", content)
+        folders = (Path(place) / str(number) for number in itertools.count())
+
+        def work() -> None:
+            folder = next(folders)
+            raw.make_plan([archive], folder, raw.Recipe())
+            if (written := raw.process(folder)["written"]) != frames:
+                raise RuntimeError(f"{written} frames of {frames} were written")
+
+        return _rate(f"raw pipeline, {os.cpu_count()} processes", "frames/s", frames, work)
 
 
 def _fill_against_spsolve(name: str, rgb: np.ndarray, depth: np.ndarray) -> dict[str, Any]:

@@ -179,13 +179,6 @@ def test_the_benchmark_solves_the_same_equation(shape):
     np.testing.assert_allclose(right, scaled * largest, rtol=1e-12)
 
 
-@pytest.mark.slow
-def test_filling_is_at_least_twelve_times_faster_than_spsolve_in_the_same_process(tmp_path):
-    rows = bench.bench("data", tmp_path / "bench.json")
-    assert all(row["rate"] >= 12 and row["unit"] == "x" for row in rows)
-    assert [row["name"] for row in rows][0] == "fill_depth / spsolve, room 427x561"
-
-
 def test_without_the_extra_the_benchmark_says_so_and_the_others_still_run(monkeypatch, capsys):
     def absent():
         raise UserError("filling depth needs numba")
