@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +46,8 @@ EVAL_BATCH = 16  # images predicted at once
 CURVE_FRAMES = 64  # frames of a set that a point of the learning curve is computed on
 PREDICTIONS = 4  # test pictures kept with a run
 Progress = Callable[[str], None]
+
+atexit.register(gc.freeze)  # or at its end Python searches torch's million objects for cycles, for a second
 
 
 @dataclass(frozen=True)
@@ -219,9 +223,12 @@ def _train_and_score(
         batches = sources.batches(name, run, device, limit)
         return evaluate(as_predictor(network, device, precision), batches, Protocol(max_depth=run.max_depth), targets)
 
+    newest: dict[str, dict[str, Any]] = {}  # whole sets as scored at the newest point: in the end, the last weights
+
     def point(network: nn.Module) -> dict[str, float | None]:
         """A point of the learning curve: pooled RMSE and δ<1.25 on a part of each set."""
         found = {name: scores(name, network, CURVE_FRAMES) for name in ("val", "test")}
+        newest.update((name, found[name]) for name in found if len(sources.frames[name]) <= CURVE_FRAMES)
         # the validation error that chooses weights counts against the training target: nobody has exact depth at home
         return {
             "val_rms": found["val"]["depth"]["pooled"]["rms"],
@@ -264,11 +271,12 @@ def _train_and_score(
     )
     if not trace.best_weights:
         raise UserError(f"{run.data}: no validation picture has a depth up to {run.max_depth:g} m; check the data")
-    last = {name: scores(name, net, CURVE_FRAMES if name == "train" else None) for name in sources.sets}
+    part = {"train": CURVE_FRAMES}  # a set not named here is scored whole
+    last = {name: newest.get(name) or scores(name, net, part.get(name)) for name in sources.sets}
     chosen = last
     if trace.best_step != run.steps:
         net.load_state_dict(trace.best_weights)
-        chosen = {name: scores(name, net, CURVE_FRAMES if name == "train" else None) for name in sources.sets}
+        chosen = {name: scores(name, net, part.get(name)) for name in sources.sets}
     record = {
         "key": run.key,
         "run": dataclasses.asdict(run),
