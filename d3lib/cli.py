@@ -222,7 +222,7 @@ def _data_nyu_raw(options: argparse.Namespace) -> int:
     if options.step in (None, "process"):
         # of a plan with other archives too, a cluster's job does its own alone
         done = raw.process(folder, archives=options.archives, workers=options.workers, progress=print)
-        print(f"{folder}: {done['written']} frames, {len(done['skipped'])} skipped, {done['bytes'] / 1e9:.2f} GB")
+        print(f"{folder}: {done['written']} frames, {len(done['skipped'])} skipped, {done['bytes'] / 1e6:.0f} MB")
         for row in done["skipped"][:9]:
             print(f"  skipped {row['frame']}: {row['reason']}")
     if options.step in (None, "store"):

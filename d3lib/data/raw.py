@@ -329,13 +329,13 @@ class _Ticker:
                         seconds = time.perf_counter() - started
                     break
         need, free = size * self.total, shutil.disk_usage(folder).free
-        hours = seconds * self.total / self.workers / 3600
         self.say(
-            f"{self.total} frames: about {hours:.2f} h on {self.workers} processes and {need / 1e9:.2f} GB "
-            f"({seconds * 1000:.0f} ms and {size / 1e6:.2f} MB for one; {free / 1e9:.0f} GB free)"
+            f"{self.total} frames: about {_duration(seconds * self.total / self.workers)} on {self.workers} processes "
+            f"and {_amount(need)} "
+            f"({seconds * 1000:.0f} ms and {size / 1e6:.2f} MB for one; {_amount(free)} free)"
         )
         if need + DISK_RESERVE > free:
-            raise UserError(f"{folder}: about {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free; use --out")
+            raise UserError(f"{folder}: about {_amount(need)} are needed and {_amount(free)} free; use --out")
         self.start = time.perf_counter()
 
     def add(self, summary: Mapping[str, Any]) -> None:
@@ -343,9 +343,21 @@ class _Ticker:
         self.bytes += summary["bytes"]
         rate = self.done / max(self.seconds, 1e-9)
         left = (self.total - self.done) / rate if rate else math.inf
-        self.say(
-            f"{self.done}/{self.total} frames, {rate:.1f} frames/s, {self.bytes / 1e9:.2f} GB, {left / 60:.0f} min left"
-        )
+        self.say(f"{self.done}/{self.total} frames, {rate:.1f} frames/s, {_amount(self.bytes)}, {_duration(left)} left")
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _amount(size: float) -> str:
+    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 
 def _process_directory(job: tuple[str, str, list[str], Recipe, Path]) -> dict[str, Any]:
