@@ -297,10 +297,11 @@ def test_the_right_file_is_not_fetched_again_and_another_never_overwritten(serve
     path.parent.mkdir()
     path.write_bytes(CONTENT)
     assert fetch([server.at("good")], path, SIZE, MD5) == path
-    path.write_bytes(b"thesis")
-    with pytest.raises(UserError, match="move it away"):
-        fetch([server.at("good")], path, SIZE, MD5)
-    assert path.read_bytes() == b"thesis" and not server.asked
+    for other in (b"thesis", bytes(SIZE)):
+        path.write_bytes(other)
+        with pytest.raises(UserError, match="move it away"):
+            fetch([server.at("good")], path, SIZE, MD5)
+        assert path.read_bytes() == other and not server.asked
 
 
 def test_too_little_room_is_said_before_anything_comes(server, path, monkeypatch):

@@ -338,8 +338,8 @@ def text(value, dtype=np.uint16):
         (link("scenes", lambda file: np.zeros((1, 4), np.uint64)), "scenes"),
         (remake("scenes", shape=(1, 3)), "scenes"),
         (remake("scenes", dtype=h5py.regionref_dtype), "scenes"),
-        (virtual, "depths"),
-        (external, "depths"),
+        (virtual, "no array in this file for depths"),
+        (external, "no array in this file for depths"),
         (refer(lambda file: h5py.Reference()), "scenes of frame 2"),
         (refer(dangle), "scenes of frame 2"),
         (refer(lambda file: file.ref), "scenes of frame 2"),
@@ -374,11 +374,18 @@ def test_what_is_no_hdf5_file_is_refused_in_one_line(tmp_path, small, kind):
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(np.nan, "not finite"), (-1, "negative"), (1500, "within 10 m"), (0, "nowhere")]
+    ("where", "value", "words"),
+    [
+        ((300, 200), np.nan, "not finite"),
+        ((300, 200), np.inf, "not finite"),
+        ((300, 200), -1, "negative"),
+        ((), 1500, "within 10 m"),
+        ((), 0, "nowhere"),
+    ],
 )
-def test_a_frame_of_impossible_depths_is_named(tmp_path, value, words):
+def test_a_frame_of_impossible_depths_is_named(tmp_path, where, value, words):
     def change(file):
-        file["depths"][2] = value
+        file["depths"][2, *where] = value
 
     with nyu.LabelledSet(write_labelled(tmp_path / "bad.mat", change=change)) as frames:
         frames.sample(1)
@@ -429,7 +436,8 @@ def test_a_splits_file_must_be_the_official_one(tmp_path, small):
     savemat(tmp_path / "other", {"x": 1}, appendmat=False)
     (tmp_path / "text").write_text("hello")
     (tmp_path / "cut").write_bytes((tmp_path / "good").read_bytes()[:700])
-    (tmp_path / "large").write_bytes(bytes(10**6))
+    whole = {"trainNdxs": np.uint16([train]).T, "testNdxs": np.uint16([test]).T}
+    savemat(tmp_path / "large", whole | {"more": np.zeros(10**5)}, appendmat=False)
     for name in ("other", "text", "cut", "large", "missing"):
         with pytest.raises(UserError, match=name) as caught:
             prepare(small, tmp_path / "root", splits=tmp_path / name)
