@@ -63,7 +63,7 @@ def build_parser() -> Parser:
     where.add_argument("--download", type=Path, metavar="DIR", help="download it into DIR first, or go on doing so")
     nyu.add_argument("--splits", type=Path, metavar="splits.mat", help="check NYU's own against the built-in split")
     nyu.add_argument("--target", default="filled", help="training depth: filled or raw (default: filled)")
-    nyu.add_argument("--size", type=_size, default=(256, 320), metavar="HxW", help="of training frames (default: 256x320)")
+    nyu.add_argument("--size", type=_size, default=(256, 320), metavar="HxW", help="for training (default: 256x320)")
     _add_out(nyu)
     raw = _command(data, "nyu-raw", _data_nyu_raw, "NYU's raw Kinect archives: synchronise, project, fill, store")
     raw.add_argument("archives", nargs="+", type=Path, metavar="ZIP-or-DIR", help="raw archives, or extracted folders")
