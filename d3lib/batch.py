@@ -21,6 +21,7 @@ NOISE = (  # lines that say nothing about the work; all else, errors above all, 
     *("Assuming unrestricted", "Building DAG", "Using shell", "Provided cores", "Rules claiming", "Complete log"),
     *("Select jobs to execute", "Execute ", "Elapsed time", "Passed unknown parameter"),
     "Kernel is running over TCP without encryption",
+    "KeyboardInterrupt caught in kernel",  # an idle one, told to end
 )
 KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "None": type(None)}
 

@@ -103,9 +103,12 @@ def test_the_train_notebook_declares_exactly_the_fields_of_a_run():
 
 
 @pytest.mark.slow
-def test_a_small_batch_runs_and_repeats_only_what_is_lost(tmp_path):
+def test_a_small_batch_runs_and_repeats_only_what_is_lost(tmp_path, capfd):
     out = tmp_path / "a folder with spaces"
     assert reproduce("drill", out=out, only="fig5", cores=2) == 0
+    printed = capfd.readouterr().out  # of the work, not of the engines under it
+    assert "rooms-train" in printed
+    assert not any(word in printed for word in ("DAG", "ernel", "Passed unknown"))
     records = {path: path.stat().st_mtime_ns for path in out.glob("drill/*/record.json")}
     assert len(records) == 2
     assert all(read_record(path)["metrics"] for path in records)
