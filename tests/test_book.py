@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+
+from d3lib.artefacts import locked
 
 ROOT = Path(__file__).resolve().parents[1]
 EXT = ROOT / "book" / "_ext"
@@ -61,7 +64,16 @@ def build(folder: Path, address: str | None = None) -> Path:
 
 @pytest.fixture(scope="session")
 def html(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("book"))
+    """Built once for all workers: two builds at once would write the same cache of executed pages."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+    pages = shared / "book" / "_build" / "html"
+    with locked(shared / "book.lock"):
+        if not (shared / "book-built").is_file():
+            (shared / "book").mkdir(exist_ok=True)
+            build(shared / "book")
+            (shared / "book-built").touch()
+    return pages
 
 
 @pytest.fixture(scope="session")
