@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -165,6 +166,7 @@ def process_archives(archives: Sequence[Path], recipe: Any, size: tuple[int, int
     options += ["--alpha", repr(recipe.alpha), "--size", f"{size[0]}x{size[1]}", "--out", str(out.resolve())]
     options += ([] if recipe.fill else ["--no-fill"]) + (["--lossless"] if recipe.lossless else [])
     with locked(folder / ".batch.lock", wait=False):
+        shutil.rmtree(folder / "done", ignore_errors=True)  # the jobs see for themselves what is done, and it is cheap
         config = {"folder": str(folder), "archives": [str(path.resolve()) for path in archives], "options": options}
         with atomic_write(folder / "batch.json") as file:
             json.dump(config | {"threads": os.cpu_count() or 1}, file)

@@ -209,6 +209,8 @@ def _data_nyu_raw(options: argparse.Namespace) -> int:
 
     recipe = raw.Recipe(options.frames, options.order, options.alpha, options.fill, options.lossless)
     folder = raw.folder_of(options.out / "data", recipe)
+    if not 1 <= min(options.size) <= max(options.size) <= 2048:
+        raise UserError(f"--size is {options.size[0]}x{options.size[1]}; each side must be 1 to 2048")
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers is {options.workers}; it must be at least 1")
     if options.step in (None, "plan"):

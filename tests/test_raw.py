@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,7 +307,8 @@ def test_the_command_makes_a_store_and_does_nothing_twice(archive, tmp_path, cap
 @pytest.mark.parametrize(
     "arguments",
     [("none.zip",), ("{archive}", "--frames", "99"), ("{archive}", "--frames", "few"), ("{archive}", "--workers", "0"),
-     ("{archive}", "--order", "sideways"), ("{archive}", "--alpha", "0"), ("{archive}", "--step", "store")],
+     ("{archive}", "--order", "sideways"), ("{archive}", "--alpha", "0"), ("{archive}", "--step", "store"), ("{archive}", "--size", "0x80"),
+     ("{archive}", "--alpha", "1e-300"), ("/dev/zero",)],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(arguments, archive, tmp_path, capsys):
     arguments = [argument.format(archive=archive) for argument in arguments]
@@ -377,6 +379,7 @@ def test_a_cluster_does_one_job_an_archive_and_writes_the_same_store(tmp_path, c
     command = ("data", "nyu-raw", first, second, "--frames", "4", "--size", "64x80", "--out")
     assert run(*command, tmp_path / "one") == 0
     assert run(*command, tmp_path / "jobs", "--profile", profile) == 0
+    shutil.rmtree(tmp_path / "jobs" / "data" / "nyu-4-64x80")
     assert run(*command, tmp_path / "jobs", "--profile", profile) == 0
     from d3lib.data.shards import open_store
 

@@ -178,6 +178,11 @@ def _sources(lens: Lens) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return lens.fx * xd + lens.cx, lens.fy * yd + lens.cy
 
 
+def require_numba() -> None:
+    """Raise `UserError` where numba is missing, before any work."""
+    _kernels()
+
+
 class _Kernels(NamedTuple):
     undistort_rgb: Callable[..., NDArray[np.uint8]]
     undistort_depth: Callable[..., NDArray[np.float64]]

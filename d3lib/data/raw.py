@@ -61,8 +61,8 @@ class Recipe:
             raise UserError(f"frames is {self.frames}; give a number of at least 1, or all")
         if self.order not in ("crop-fill", "fill-crop"):
             raise UserError(f"order {self.order!r} is unknown; choose crop-fill or fill-crop")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise UserError(f"alpha is {self.alpha}; it must be positive")
+        if not 1e-3 <= self.alpha <= 1e3:
+            raise UserError(f"alpha is {self.alpha}; it must lie between 0.001 and 1000")
 
     @property
     def name(self) -> str:
@@ -77,6 +77,8 @@ class Archive:
         self.path = path = path.resolve()
         self._zip: zipfile.ZipFile | None = None
         if not path.is_dir():
+            if not path.is_file():  # a pipe would wait for ever
+                raise UserError(f"{path}: neither a zip file nor a folder")
             try:
                 self._zip = zipfile.ZipFile(path)
             except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
@@ -107,6 +109,8 @@ class Archive:
         """The member's bytes, but never more than one beyond `limit`. Raises `UserError` naming it if it is damaged."""
         try:
             if self._zip is not None:
+                if self._zip.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise zipfile.BadZipFile("compressed in a way that NYU's archives are not")  # bounds nothing
                 with self._zip.open(member) as file:
                     content = file.read(limit + 1)
                     # what follows is only read for its checksum
@@ -230,6 +234,7 @@ def process(
     `skipped` frames, `bytes`, `seconds`. A bad frame is skipped with its reason; a killed process costs the directory
     it was at. Raises `UserError` for a full disk, or a plan of changed archives.
     """
+    kinect.require_numba()  # or every frame would be skipped for want of it
     plan = read_plan(folder)
     recipe = Recipe(**plan["recipe"])
     for entry in plan["archives"]:
@@ -423,7 +428,7 @@ def _read_scene(folder: Path, directory: str, recipe: Recipe) -> dict[str, Any] 
         content = found["content"]
         same = (found["format"], found["version"], content["recipe"]) == (SCENE, VERSION, dataclasses.asdict(recipe))
         return content if same and content["directory"] == directory else None
-    except (OSError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile):
         return None
 
 
