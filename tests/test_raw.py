@@ -307,7 +307,8 @@ def test_the_command_makes_a_store_and_does_nothing_twice(archive, tmp_path, cap
 @pytest.mark.parametrize(
     "arguments",
     [("none.zip",), ("{archive}", "--frames", "99"), ("{archive}", "--frames", "few"), ("{archive}", "--workers", "0"),
-     ("{archive}", "--order", "sideways"), ("{archive}", "--alpha", "0"), ("{archive}", "--step", "store"), ("{archive}", "--size", "0x80"),
+     ("{archive}", "--order", "sideways"), ("{archive}", "--alpha", "0"),
+     ("{archive}", "--step", "store"), ("{archive}", "--size", "0x80"),
      ("{archive}", "--alpha", "1e-300"), ("/dev/zero",)],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(arguments, archive, tmp_path, capsys):
