@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from collections import namedtuple
 
@@ -198,8 +199,12 @@ def test_a_member_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):
     path = zipped(tmp_path / "bomb.zip", members)
     raw.make_plan([path], tmp_path / "out", raw.Recipe())
     start = time.perf_counter()
+    tracemalloc.start()
     summary = raw.process(tmp_path / "out", workers=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert (summary["written"], len(summary["skipped"])) == (1, 1) and time.perf_counter() - start < 30
+    assert peak < 1 << 28  # half of what the member unpacks to
 
 
 def test_a_killed_command_continues_and_ends_in_the_same_bytes(archive, tmp_path):

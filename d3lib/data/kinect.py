@@ -27,13 +27,30 @@ RGB_BYTES, DEPTH_BYTES = 921_615, 614_417  # lengths of a .ppm and a .pgm: 15 or
 
 
 class Lens(NamedTuple):
-    """Focal lengths and principal point in pixels, distortion (k1, k2, p1, p2, k3) of Brown's model."""
+    """A camera's focal lengths and principal point (pixels), and Brown's distortion k1, k2, p1, p2, k3."""
 
     fx: float
     fy: float
     cx: float
     cy: float
     k: tuple[float, float, float, float, float]
+
+    def bend(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Where the lens sends the ray (x, y, 1): x and y of the bent one, of any shape."""
+        k1, k2, p1, p2, k3 = self.k
+        r2 = x**2 + y**2
+        radial = 1 + k1 * r2 + k2 * r2**2 + k3 * r2**3
+        return (
+            x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x**2),
+            y * radial + p1 * (r2 + 2 * y**2) + 2 * p2 * x * y,
+        )
+
+    def distort(
+        self, columns: NDArray[np.float64], rows: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """From where undistorted pixels are, counted from 0, to where the lens puts them: columns and rows."""
+        x, y = self.bend((columns - self.cx) / self.fx, (rows - self.cy) / self.fy)
+        return self.fx * x + self.cx, self.fy * y + self.cy
 
 
 RGB_LENS = Lens(
@@ -53,14 +70,14 @@ DEPTH_LENS = Lens(
      -5.1031725053400578e-01),
 )  # fmt: skip
 # p_rgb = R p_depth + T. With R = inv(-L) both p_rgb's X and Z are negative; the signs cancel in X / Z.
-_L = np.array(
+L = np.array(
     [
         [9.9997798940829263e-01, 5.0518419386157446e-03, 4.3011152014118693e-03],
         [-5.0359919480810989e-03, 9.9998051861143999e-01, -3.6879781309514218e-03],
         [-4.3196624923060242e-03, 3.6662365748484798e-03, 9.9998394948385538e-01],
     ]
 )
-ROTATION = np.linalg.inv(-_L)
+ROTATION = np.linalg.inv(-L)
 TRANSLATION = np.array([2.5031875059141302e-02, -2.9342312935846411e-04, 6.6238747008330102e-04])  # metres
 
 _NAME = re.compile(r"[rd]-(\d{1,12}\.\d{1,9})-\d{1,20}\.(ppm|pgm)")
@@ -169,13 +186,7 @@ def crop(image: NDArray[Any]) -> NDArray[Any]:
 def _sources(lens: Lens) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """For each pixel of the undistorted picture, where it lies in the raw one: columns and rows, 0-based."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
-    x, y = (columns - lens.cx) / lens.fx, (rows - lens.cy) / lens.fy
-    k1, k2, p1, p2, k3 = lens.k
-    r2 = x**2 + y**2
-    radial = 1 + k1 * r2 + k2 * r2**2 + k3 * r2**3
-    xd = x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x**2)
-    yd = y * radial + p1 * (r2 + 2 * y**2) + 2 * p2 * x * y
-    return lens.fx * xd + lens.cx, lens.fy * yd + lens.cy
+    return lens.distort(columns, rows)
 
 
 def require_numba() -> None:

@@ -81,7 +81,7 @@ class Archive:
                 raise UserError(f"{path}: neither a zip file nor a folder")
             try:
                 self._zip = zipfile.ZipFile(path)
-            except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+            except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
                 raise UserError(f"{path}: not a readable zip ({error}); download it again or leave it out") from error
 
     def __enter__(self) -> Archive:

@@ -19,56 +19,36 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from d3lib.artefacts import atomic_path
+from d3lib.data import kinect
+from d3lib.data.kinect import HEIGHT, INVALID, TRANSLATION, WIDTH, L
 from d3lib.errors import UserError
 
 from .layout import make_camera, make_scene
 from .scene import Array, Camera, Draw, Scene, product
 from .sensor import IR_CAMERA, PROJECTOR, develop, disparity
-from .tracer import CX, CY, FX, FY, trace
+from .tracer import trace
 
-SIZE = (480, 640)
-INVALID = 2047  # the raw value of a pixel without a measurement
+SIZE = (HEIGHT, WIDTH)
 NEAREST = 390  # the smallest disparity that a Kinect reports, 0.5 m
 BLIND = 8  # columns at the right that its matching window leaves without a measurement
 TICKS = 60_000_000  # of the Kinect's clock, a second
 
-_L = np.array(
-    [
-        [9.9997798940829263e-01, 5.0518419386157446e-03, 4.3011152014118693e-03],
-        [-5.0359919480810989e-03, 9.9998051861143999e-01, -3.6879781309514218e-03],
-        [-4.3196624923060242e-03, 3.6662365748484798e-03, 9.9998394948385538e-01],
-    ]
-)  # a rotation, so that inv(L) is its transpose
-_T = np.array([2.5031875059141302e-02, -2.9342312935846411e-04, 6.6238747008330102e-04])  # metres
 
-
-class Lens(NamedTuple):
-    """A camera's focal lengths and principal point (pixels), and Brown's distortion k1, k2, p1, p2, k3."""
-
-    fx: float
-    fy: float
-    cx: float
-    cy: float
-    k: tuple[float, float, float, float, float]
-
-    def distort(self, x: Array, y: Array) -> tuple[Array, Array]:
-        """From where undistorted pixels are, counted from 0, to where the lens puts them."""
-        a, b = self._distort((x - self.cx) / self.fx, (y - self.cy) / self.fy)
-        return a * self.fx + self.cx, b * self.fy + self.cy
+class Lens(kinect.Lens):
+    """A lens that can also be looked through from the picture's side."""
 
     def undistort(self, x: Array, y: Array) -> tuple[Array, Array]:
         """The inverse of `distort`, to rounding, for all pixels of a picture."""
         c, d = (x - self.cx) / self.fx, (y - self.cy) / self.fy
         a, b = c, d
         for _ in range(25):  # a fixed point: each step leaves at most a fifth of the error
-            p, q = self._distort(a, b)
+            p, q = self.bend(a, b)
             a, b = a + (c - p), b + (d - q)
         return a * self.fx + self.cx, b * self.fy + self.cy
 
@@ -77,32 +57,15 @@ class Lens(NamedTuple):
         x, y = self.undistort(x, y)
         return (x + 1 - self.cx) / self.fx, (y + 1 - self.cy) / self.fy
 
-    def _distort(self, x: Array, y: Array) -> tuple[Array, Array]:
-        k1, k2, p1, p2, k3 = self.k
-        r = x * x + y * y
-        radial = 1 + r * (k1 + r * (k2 + r * k3))
-        return (
-            x * radial + 2 * p1 * x * y + p2 * (r + 2 * x * x),
-            y * radial + p1 * (r + 2 * y * y) + 2 * p2 * x * y,
-        )
 
-
-RGB_LENS = Lens(
-    *(FX, FY, CX, CY),
-    (2.0796615318809061e-01, -5.8613825163911781e-01, 7.2231363135888329e-04, 1.0479627195765181e-03,
-     4.9856986684705107e-01),
-)  # fmt: skip
-DEPTH_LENS = Lens(
-    *(5.8262448167737955e02, 5.8269103270988637e02, 3.1304475870804731e02, 2.3844389626620386e02),
-    (-9.9897236553084481e-02, 3.9065324602765344e-01, 1.9290592870229277e-03, -1.9422022475975055e-03,
-     -5.1031725053400578e-01),
-)  # fmt: skip
+RGB_LENS, DEPTH_LENS = Lens(*kinect.RGB_LENS), Lens(*kinect.DEPTH_LENS)
 
 
 def depth_camera(camera: Camera) -> Camera:
     """The depth camera that goes with an RGB camera: 2.5 cm to its left, turned by half a degree."""
-    centre = product(camera.axes, -_T[:, None])[:, 0]
-    return camera._replace(position=camera.position + centre, axes=product(camera.axes, _L.T))
+    centre = product(camera.axes, -TRANSLATION[:, None])[:, 0]
+    # L is a rotation, so that inv(L) is its transpose
+    return camera._replace(position=camera.position + centre, axes=product(camera.axes, L.T))
 
 
 def capture(scene: Scene, camera: Camera) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
@@ -131,8 +94,9 @@ def truth(seed: int, view: int) -> tuple[NDArray[np.uint8], Array]:
     linear, exact, _ = trace([(scene, camera)], SIZE, torch.device("cpu"))
     z = exact[0, 0].double().numpy()
     y, x = np.mgrid[: SIZE[0], : SIZE[1]] + 1.0
-    point = np.stack([z * ((x - CX) / FX), z * ((y - CY) / FY), z])
-    depth = (_L[2][:, None, None] * (point + _T[:, None, None])).sum(0)
+    eye = RGB_LENS
+    point = np.stack([z * ((x - eye.cx) / eye.fx), z * ((y - eye.cy) / eye.fy), z])
+    depth = (L[2][:, None, None] * (point + TRANSLATION[:, None, None])).sum(0)
     return develop(linear, [camera])[0].numpy(), np.clip(depth, 0.0, 10.0)
 
 
