@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from d3lib.experiments import LOSSES, TRAIN_SETS
 from d3lib.losses import LABELS
-from d3lib.results import PaperNumber, score
+from d3lib.results import PaperNumber, score, stands_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,7 +127,8 @@ def figure2(
     """Figure 2's form: RMSE and δ < 1.25 against training-set size, one line a loss; the paper left, ours right.
 
     Args:
-        records: runs of the main grid; seeds of one cell are averaged, with their range as a bar.
+        records: runs; those that stand for a number of Figure 2 count (`results.stands_for`). Seeds of one cell are
+            averaged, with their range as a bar.
         paper: the paper's numbers; those of "fig2" are drawn.
         baselines: scores by training set, drawn as grey lines in our panels.
         sizes: how many frames our sets have, for their axis.
@@ -140,9 +141,9 @@ def figure2(
         for loss in LOSSES:
             colour, marker, line = STYLES[loss]
             style = {"color": colour, "marker": marker, "ls": line, "label": LABELS[loss]}
-            printed = {n.train_set: n.value for n in paper if (n.item, n.method, n.metric) == ("fig2", loss, metric)}
-            row[0].plot(TRAIN_SETS, [printed[size] for size in TRAIN_SETS], **style)
-            ours = {size: _values(records, loss, size, metric) for size in TRAIN_SETS}
+            printed = {n.train_set: n for n in paper if (n.item, n.method, n.metric) == ("fig2", loss, metric)}
+            row[0].plot(TRAIN_SETS, [printed[size].value for size in TRAIN_SETS], **style)
+            ours = {size: _values(records, number) for size, number in printed.items()}
             shown = [size for size in TRAIN_SETS if ours[size]]
             means = [float(np.mean(ours[size])) for size in shown]
             bars = [[m - min(ours[s]) for s, m in zip(shown, means, strict=True)]]
@@ -161,12 +162,9 @@ def figure2(
     return figure
 
 
-def _values(records: Sequence[Mapping[str, Any]], loss: str, size: str, metric: str) -> list[float]:
-    """One number per seed of a cell of the main grid."""
-    cell = [
-        r for r in records if (r["run"]["loss"], r["run"]["train_set"], r["run"]["variant"]) == (loss, size, "paper")
-    ]
-    found = [score(record, metric) for record in cell]
+def _values(records: Iterable[Mapping[str, Any]], number: PaperNumber) -> list[float]:
+    """Our counterparts of a number of the paper, one per seed."""
+    found = [score(record, number.metric) for record in records if stands_for(record["run"], number)]
     return [value for value in found if value is not None]
 
 

@@ -113,7 +113,7 @@ def compare(budget: str, out: Path) -> list[Cell]:
     records = [record for record in load_records(budget, out).values() if record is not None]
     cells = []
     for number in paper_numbers():
-        ours = [record for record in records if _stands_for(record["run"], number)]
+        ours = [record for record in records if stands_for(record["run"], number)]
         if number.item == "table2" and number.method != "D3-Net":
             continue
         values = [value for value in (score(record, number.metric) for record in ours) if value is not None]
@@ -124,7 +124,7 @@ def compare(budget: str, out: Path) -> list[Cell]:
     return cells
 
 
-def _stands_for(run: Mapping[str, Any], number: PaperNumber) -> bool:
+def stands_for(run: Mapping[str, Any], number: PaperNumber) -> bool:
     """Whether a run is our counterpart of a number. A small budget's encoder stands for D3-Net's but in Figure 5."""
     loss = "gan" if number.method == "D3-Net" else number.method
     encoder = number.encoder if number.item == "fig5" else BUDGETS[run["budget"]].encoder

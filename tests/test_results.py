@@ -113,3 +113,21 @@ def test_tables_are_aligned_and_numbered():
         ":::{table} C",
         ":name: tab-x",
     ]
+
+
+def test_figure_2_shows_the_main_grid_alone_and_not_runs_of_other_encoders_or_variants():
+    """At a small budget the runs that compare encoders share loss and set with the grid; they are no seeds of it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from d3lib.figures import figure2
+
+    def made(rms, **fields):
+        run = {"budget": "smoke", "train_set": "12k", "encoder": "tiny", "variant": "paper"} | fields
+        found = record(rms, **run)
+        found["metrics"]["chosen"]["test"]["depth"]["pooled"]["d1"] = 0.5
+        return found
+
+    records = [made(1.1), made(2.4, encoder="densenet121"), made(2.5, encoder="resnet50"), made(9, variant="released")]
+    ours = figure2(records, paper_numbers()).axes[1]
+    assert [list(bar.lines[0].get_ydata()) for bar in ours.containers if len(bar.lines[0].get_ydata())] == [[1.1]]
