@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEPTH_COLOURS = "viridis_r"  # one map for depth throughout: near is bright, far is dark; safe for colour-blind readers
 ERROR_COLOURS = "magma"
+PUSH_COLOURS = "PuOr"  # signed maps: orange is negative (pushes nearer), purple positive (farther)
 # Okabe and Ito's colours, with a marker each so that a loss is known without its colour
 STYLES = {
     "l1": ("#0072B2", "o", "-"),
@@ -59,6 +60,14 @@ def show_depth(axes: Axes, depth: np.ndarray, valid: np.ndarray | None = None, n
     axes.spines[:].set_visible(False)
     axes.grid(False)
     return axes.imshow(shown, cmap=DEPTH_COLOURS, vmin=near, vmax=far)
+
+
+def show_push(axes: Axes, values: np.ndarray, span: float) -> Any:
+    """Draw a signed map (H, W), such as what a loss pushes each pixel to, with colours from -span to span."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
+    return axes.imshow(values, cmap=PUSH_COLOURS, vmin=-span, vmax=span)
 
 
 def prediction_grid(
