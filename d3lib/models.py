@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 STRIDE = 32  # the encoder's: sides are padded to a multiple of it
 SLOPE = 0.2  # of the encoder's LeakyReLUs
+LOG_RANGE = 100.0  # output="log": the largest depth over the smallest, so 0.1 m to 10 m
 
 
 @dataclass(frozen=True)
@@ -52,23 +54,29 @@ class Config:
 ENCODERS = {
     "densenet121": Config(64, (6, 12, 24, 16), 32, (512, 256, 128, 64, 64), "DenseNet121_Weights.IMAGENET1K_V1"),
     "resnet50": Config(64, (3, 4, 6, 3), 0, (1024, 512, 256, 64, 64), "ResNet50_Weights.IMAGENET1K_V1"),
+    # The same encoder under the DenseNet's decoder: what differs then is the encoder alone.
+    "resnet50_narrow": Config(64, (3, 4, 6, 3), 0, (512, 256, 128, 64, 64), "ResNet50_Weights.IMAGENET1K_V1"),
     # For a CPU: most of the time goes into the stem and the last decoder blocks, so these are the thinnest.
     "tiny": Config(16, (2, 3, 4, 4), 8, (64, 32, 16, 8, 8)),
 }
+POOLINGS = ("conv", "max")
+OUTPUTS = ("linear", "log")
 
 
 class DenseNetEncoder(nn.Module):
     """torchvision's DenseNet: LeakyReLU after stem and end, and a 4x4 convolution instead of max-pooling.
 
-    Its skips are the stem and each transition's 1x1 convolution, before that transition's pooling.
+    With `pooling="max"` torchvision's own stays. Its skips are the stem and each transition's 1x1 convolution,
+    before that transition's pooling.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, pooling: str = "conv") -> None:
         super().__init__()
         dense_net = import_torchvision().models.DenseNet
         self.features = dense_net(config.growth, config.blocks, config.stem, num_classes=1).features
         self.features.relu0 = nn.LeakyReLU(SLOPE, inplace=True)
-        self.features.pool0 = _halving_conv(config.stem)
+        if pooling == "conv":
+            self.features.pool0 = _halving_conv(config.stem)
         self.features.relu5 = nn.LeakyReLU(SLOPE, inplace=True)
         transitions = [self.features.get_submodule(f"transition{i}") for i in (1, 2, 3)]
         self.channels = [
@@ -98,13 +106,13 @@ class ResNetEncoder(nn.Module):
     Its skips are the stem and the first three stages.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, pooling: str = "conv") -> None:
         super().__init__()
         resnet = import_torchvision().models.resnet
         net = resnet.ResNet(resnet.Bottleneck, list(config.blocks), num_classes=1)
         self.conv1, self.bn1 = net.conv1, net.bn1
         self.relu = nn.LeakyReLU(SLOPE, inplace=True)
-        self.pool = _halving_conv(config.stem)
+        self.pool = _halving_conv(config.stem) if pooling == "conv" else net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
         self.channels = [config.stem, 256, 512, 1024, 2048]
 
@@ -118,12 +126,16 @@ class ResNetEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Five blocks, each doubling the size by a transposed convolution, then a convolution to one map."""
+    """Five blocks, each doubling the size by a transposed convolution, then a convolution to one map.
 
-    def __init__(self, channels: list[int], widths: tuple[int, ...]) -> None:
+    Without `skips` a block sees the block before it alone.
+    """
+
+    def __init__(self, channels: list[int], widths: tuple[int, ...], skips: bool = True) -> None:
         super().__init__()
-        *skips, deepest = channels
-        inputs = [deepest, *(skip + width for skip, width in zip(skips[::-1], widths[:-1], strict=True))]
+        self.skips = skips
+        *seen, deepest = channels if skips else [0, 0, 0, 0, channels[-1]]
+        inputs = [deepest, *(skip + width for skip, width in zip(seen[::-1], widths[:-1], strict=True))]
         self.blocks = nn.ModuleList(map(_decoder_block, inputs, widths))
         self.last = nn.Conv2d(widths[-1], 1, 3, padding=1, bias=False)
 
@@ -132,7 +144,7 @@ class Decoder(nn.Module):
         *skips, x = features
         x = self.blocks[0](x)  # (B, widths[0], H/16, W/16)
         for block, skip in zip(self.blocks[1:], skips[::-1], strict=True):
-            x = block(torch.cat([skip, x], dim=1))
+            x = block(torch.cat([skip, x], dim=1) if self.skips else x)
         return self.last(x)
 
 
@@ -140,15 +152,21 @@ class D3Net(nn.Module):
     """Depth from one image.
 
     Args:
-        encoder: "densenet121" (24,220,224 parameters), "resnet50" (91.2 M; its decoder is wider too) or
-            "tiny" (a thin DenseNet for a CPU).
+        encoder: "densenet121" (24,220,224 parameters), "resnet50" (91.2 M; its decoder is wider too),
+            "resnet50_narrow" (51.9 M: the ResNet under the DenseNet's decoder widths) or "tiny" (a thin
+            DenseNet for a CPU).
         pretrained: start the encoder from torchvision's ImageNet weights, downloaded on first use.
         max_depth: metres; predictions lie strictly between 0 and this.
         seed: draw the initial weights from this seed, whatever the state of torch's generator, which is
             left as it was; None draws from that generator.
+        skips: let decoder blocks see the encoder's features; without, they see the block before them alone.
+        pooling: what halves the stem's features: "conv", the paper's learned 4x4 convolution, or "max",
+            the 3x3 max-pooling of the network that the encoder comes from.
+        output: "linear": metres = max_depth (tanh + 1) / 2; "log": the same tanh spans the logarithm,
+            from ln(max_depth / 100) to ln(max_depth), so 0.1 m to 10 m.
 
     Raises:
-        UserError: unknown encoder, or weights that do not exist or cannot be downloaded.
+        UserError: unknown encoder, pooling or output, or weights that do not exist or cannot be downloaded.
     """
 
     def __init__(
@@ -157,15 +175,22 @@ class D3Net(nn.Module):
         pretrained: bool = False,
         max_depth: float = 10.0,
         seed: int | None = None,
+        *,
+        skips: bool = True,
+        pooling: str = "conv",
+        output: str = "linear",
     ) -> None:
         super().__init__()
-        if encoder not in ENCODERS:
-            raise UserError(f"unknown encoder {encoder!r}; choose from {', '.join(ENCODERS)}")
+        choices = {"encoder": (encoder, ENCODERS), "pooling": (pooling, POOLINGS), "output": (output, OUTPUTS)}
+        for name, (value, known) in choices.items():
+            if value not in known:
+                raise UserError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
         config = ENCODERS[encoder]
         self.max_depth = max_depth
+        self.output = output
         with _seeded(seed):
-            self.encoder = (DenseNetEncoder if config.growth else ResNetEncoder)(config)
-            self.decoder = Decoder(self.encoder.channels, config.decoder)
+            self.encoder = (DenseNetEncoder if config.growth else ResNetEncoder)(config, pooling)
+            self.decoder = Decoder(self.encoder.channels, config.decoder, skips)
             self.apply(_init)
         if pretrained:
             load_pretrained(self.encoder, encoder)
@@ -187,7 +212,10 @@ class D3Net(nn.Module):
         x = self.decoder(self.encoder(x))[..., :height, :width]  # (B, 1, H, W)
         x = x if x.dtype == torch.float64 else x.float()  # bfloat16 would round 9.99 m to 10
         # 1 - 1e-6 keeps the ends out where tanh saturates, with room for float32 to show it.
-        return self.max_depth / 2 * ((1 - 1e-6) * torch.tanh(x) + 1)
+        x = (1 - 1e-6) * torch.tanh(x)
+        if self.output == "log":
+            return self.max_depth * torch.exp(math.log(LOG_RANGE) / 2 * (x - 1))
+        return self.max_depth / 2 * (x + 1)
 
 
 class PatchDiscriminator(nn.Module):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -65,6 +66,65 @@ def test_a_decoder_block_is_a_transposed_convolution_and_a_convolution_each_norm
         assert conv.kernel_size == (3, 3) and conv.bias is None
         assert all(isinstance(m, nn.BatchNorm2d) for m in (norm1, norm2))
         assert all(isinstance(m, nn.ReLU) for m in (relu1, relu2))
+
+
+def block_parameters(inputs, outputs):
+    """A decoder block by hand: transposed 4x4 with bias, BN, 3x3 without bias, BN."""
+    return 16 * inputs * outputs + outputs + 2 * outputs + 9 * outputs * outputs + 2 * outputs
+
+
+def test_the_narrow_resnet_is_the_same_encoder_under_the_densenets_decoder():
+    wide, narrow, dense = (D3Net(name) for name in ("resnet50", "resnet50_narrow", "densenet121"))
+    assert count_parameters(narrow.encoder) == count_parameters(wide.encoder)
+    assert [b[0].out_channels for b in narrow.decoder.blocks] == [b[0].out_channels for b in dense.decoder.blocks]
+    shapes = [(2048, 512), (1024 + 512, 256), (512 + 256, 128), (256 + 128, 64), (64 + 64, 64)]
+    assert count_parameters(narrow.decoder) == sum(block_parameters(*shape) for shape in shapes) + 9 * 64
+
+
+@pytest.mark.parametrize("encoder", ["densenet121", "resnet50_narrow"])
+def test_without_skips_a_block_sees_the_block_before_it_alone(encoder):
+    net = D3Net(encoder, seed=0, skips=False).eval()
+    deepest = net.encoder.channels[-1]
+    shapes = [(deepest, 512), (512, 256), (256, 128), (128, 64), (64, 64)]
+    assert count_parameters(net.decoder) == sum(block_parameters(*shape) for shape in shapes) + 9 * 64
+    with torch.no_grad():
+        *skips, deep = net.encoder(picture(1, 3, 32, 64))
+        depth = net.decoder([*skips, deep])
+        assert depth.shape == (1, 1, 32, 64)
+        assert torch.equal(depth, net.decoder([*(torch.full_like(s, torch.nan) for s in skips), deep]))
+
+
+@pytest.mark.parametrize("encoder", ["densenet121", "resnet50", "tiny"])
+def test_max_pooling_halves_the_stem_by_torchvisions_own_and_without_weights(encoder):
+    net, learned = D3Net(encoder, seed=0, pooling="max").eval(), D3Net(encoder, seed=0)
+    stem = net.encoder.channels[0]
+    assert count_parameters(learned) - count_parameters(net) == 16 * stem * stem + 2 * stem
+    (pool,) = [module for module in net.encoder.modules() if isinstance(module, nn.MaxPool2d)]
+    seen = []
+    pool.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    with torch.no_grad():
+        assert net(picture(1, 3, 64, 96)).shape == (1, 1, 64, 96)
+    ((before, after),) = seen
+    assert before.shape == (1, stem, 32, 48) and after.shape == (1, stem, 16, 24)
+    padded = nn.functional.pad(before, (1, 1, 1, 1), value=-torch.inf)[0].numpy()
+    by_hand = padded[:, 8:11, 20:23].max((1, 2))  # the 3x3 window about pixel (8, 20)
+    assert after[0, :, 4, 10].tolist() == by_hand.tolist()
+
+
+@pytest.mark.parametrize("max_depth", [0.05, 10.0, 80.0])
+def test_the_logarithmic_output_spans_two_decades_below_the_largest_depth_and_stays_inside(max_depth):
+    net = D3Net("tiny", max_depth=max_depth, seed=0, output="log").eval()
+    logits = []
+    net.decoder.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    for scale in (0.2, 1e4):
+        nn.init.normal_(net.decoder.last.weight, 0, scale, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            depth = net(picture(1, 3, 32, 64))
+        assert depth.dtype == torch.float32 and (depth > max_depth / 101).all() and (depth < max_depth).all()
+        low, high = np.log(max_depth / 100), np.log(max_depth)
+        share = (np.tanh(logits.pop().double().numpy()) + 1) / 2
+        np.testing.assert_allclose(depth.numpy(), np.exp(low + (high - low) * share), rtol=1e-5)
+    assert depth.max() > 0.99 * max_depth and depth.min() < 0.011 * max_depth
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 32), (32, 95), (61, 100), (97, 129)])
@@ -172,8 +232,12 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_unknown_encoders_are_refused_and_the_known_ones_listed():
-    with pytest.raises(UserError, match="densenet121, resnet50, tiny"):
+    with pytest.raises(UserError, match="densenet121, resnet50, resnet50_narrow, tiny"):
         D3Net("vgg16")
+    with pytest.raises(UserError, match="unknown pooling 'mean'; choose from conv, max"):
+        D3Net("tiny", pooling="mean")
+    with pytest.raises(UserError, match="unknown output 'inverse'; choose from linear, log"):
+        D3Net("tiny", output="inverse")
     with pytest.raises(UserError, match="no ImageNet weights"):
         D3Net("tiny", pretrained=True)
 
