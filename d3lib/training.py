@@ -127,6 +127,7 @@ def fit(
     betas: tuple[float, float] = (0.5, 0.999),
     adversary: PatchDiscriminator | None = None,
     lam: float = 20.0,
+    adversarial_from: int = 0,
     variant: str = "paper",
     device: str = "cpu",
     precision: str = "float32",
@@ -145,6 +146,8 @@ def fit(
         batches: start step → endless iterator of batches (rgb, depth, valid) on `device`; it must be a pure
             function of the step, so that a resumed run sees what an uninterrupted one would have seen.
         adversary: the discriminator, for `gan`: loss = adversarial term + `lam` · pixel loss.
+        adversarial_from: with an `adversary`, train so many steps with `lam` · pixel loss alone, then start D and
+            add its term: the two phases of Jung et al. (2017). 0 is the paper's single phase.
         evaluate: called at `evaluations` equally spaced steps (the last step among them); its `val_rms` chooses
             the best weights.
         checkpoint: file to resume from if it exists, and to save to every `checkpoint_seconds` seconds.
@@ -176,12 +179,15 @@ def fit(
         batch = next(source)
         with cast():
             pred = net(batch["rgb"])  # (B, 1, H, W), metres
-        if opponent is not None:
+        contested = opponent is not None and step > adversarial_from
+        if contested:
             logs |= opponent.learn(pred, batch, cast, scaler)
         with cast():
             loss = pixel_loss(pred, batch["depth"], batch["valid"])
             if opponent is not None:
-                loss = opponent.penalty(pred, batch) + lam * loss
+                loss = lam * loss
+            if contested:
+                loss = opponent.penalty(pred, batch) + loss
         optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(optimiser)

@@ -57,14 +57,16 @@ def test_two_runs_with_the_same_seed_end_in_the_same_bits(adversarial):
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("adversarial", [False, True])
-def test_a_run_cut_off_and_resumed_equals_one_never_cut(adversarial, tmp_path):
+@pytest.mark.parametrize(("adversarial", "start"), [(False, 0), (True, 0), (True, 2), (True, 6)])
+def test_a_run_cut_off_and_resumed_equals_one_never_cut(adversarial, start, tmp_path):
     def run(steps, checkpoint):
         net = D3Net("tiny", seed=1)
         adversary = PatchDiscriminator(ndf=8, seed=1) if adversarial else None
         options = {"adversary": adversary, "checkpoint": checkpoint, "identity": "x", "evaluations": 4}
+        options["adversarial_from"] = start
         curve = fit(net, build_loss("l1"), stream, steps=steps, evaluate=lambda n: {"val_rms": 1.0}, **options).curve
-        return weights_of(net), curve
+        weights = weights_of(net)
+        return torch.cat([weights, weights_of(adversary)]) if adversarial else weights, curve
 
     class CutError(Exception):
         pass
@@ -86,6 +88,7 @@ def test_a_run_cut_off_and_resumed_equals_one_never_cut(adversarial, tmp_path):
             cut_stream,
             steps=8,
             adversary=adversary,
+            adversarial_from=start,
             checkpoint=path,
             identity="x",
             evaluations=4,
@@ -95,6 +98,26 @@ def test_a_run_cut_off_and_resumed_equals_one_never_cut(adversarial, tmp_path):
     resumed, curve_resumed = run(8, path)
     assert torch.equal(whole, resumed)
     assert curve == curve_resumed
+
+
+def test_the_adversarial_term_enters_after_so_many_steps_of_l1_alone():
+    def weighted(*arguments):
+        return 20 * build_loss("l1")(*arguments)
+
+    def run(loss, steps, **options):
+        net = D3Net("tiny", seed=1)
+        curve = fit(net, loss, stream, steps=steps, evaluations=steps, **options).curve
+        return weights_of(net), curve
+
+    adversary, untouched = PatchDiscriminator(ndf=8, seed=1), PatchDiscriminator(ndf=8, seed=1)
+    first, curve = run(build_loss("l1"), 3, adversary=adversary, adversarial_from=3)
+    plain, curve_plain = run(weighted, 3)
+    assert torch.equal(first, plain) and curve == curve_plain
+    assert torch.equal(weights_of(adversary), weights_of(untouched))
+    longer, curve = run(build_loss("l1"), 5, adversary=adversary, adversarial_from=3)
+    assert curve[:3] == curve_plain and ["d_real" in point for point in curve[3:]] == [True, True]
+    assert not torch.equal(weights_of(adversary), weights_of(untouched))
+    assert not torch.equal(longer, run(weighted, 5)[0])
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
