@@ -41,6 +41,23 @@ CROPS = {
 }
 
 
+def valid_pixels(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Which pixels count (B, 1, H, W): where the mask, if any, allows it and the target is positive and finite.
+
+    Raises:
+        ValueError: shapes differ, integer depths, or a mask that is not bool.
+    """
+    if pred.ndim < 2 or pred.shape != target.shape or (mask is not None and mask.shape != pred.shape):
+        shapes = [tuple(x.shape) for x in (pred, target, mask) if x is not None]
+        raise ValueError(f"pred, target and mask must have the same shape (B, 1, H, W), got {shapes}")
+    if not (pred.is_floating_point() and target.is_floating_point()):
+        raise ValueError(f"pred and target must be floating point, got {pred.dtype} and {target.dtype}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {mask.dtype}")
+    valid = (target > 0) & target.isfinite()
+    return valid if mask is None else valid & mask
+
+
 def image_sums(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""What every metric is made of: (B, 10) float64 sums over each image's valid pixels.
 
@@ -56,17 +73,8 @@ def image_sums(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tens
     Raises:
         ValueError: shapes differ, integer depths, or a mask that is not bool.
     """
-    if pred.ndim < 2 or pred.shape != target.shape or (mask is not None and mask.shape != pred.shape):
-        shapes = [tuple(x.shape) for x in (pred, target, mask) if x is not None]
-        raise ValueError(f"pred, target and mask must have the same shape (B, 1, H, W), got {shapes}")
-    if not (pred.is_floating_point() and target.is_floating_point()):
-        raise ValueError(f"pred and target must be floating point, got {pred.dtype} and {target.dtype}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool, got {mask.dtype}")
-    pred, target = (x.detach().flatten(1).double() for x in (pred, target))  # (B, HW)
-    valid = (target > 0) & target.isfinite()
-    if mask is not None:
-        valid &= mask.flatten(1)
+    valid = valid_pixels(pred, target, mask).flatten(1)  # (B, HW)
+    pred, target = (x.detach().flatten(1).double() for x in (pred, target))
     # Invalid pixels hold 1 m in both: their terms are 0, though their ratio would pass every threshold.
     y, y_hat = torch.where(valid, target, 1), torch.where(valid, pred, 1)
     error = y_hat - y
