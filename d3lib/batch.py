@@ -157,17 +157,20 @@ def process_archives(archives: Sequence[Path], recipe: Any, size: tuple[int, int
 
     Args: `recipe` (`d3lib.data.raw.Recipe`), `size` (H, W) of the store, `profile` a Snakemake profile.
 
-    Returns 0, or 1 if a job failed. Raises `UserError` while another process works in the same folder.
+    Returns 0, or 1 if a job failed. Raises `UserError` for a profile that is no folder, and while another process works
+    in the same folder.
     """
     from d3lib.data import raw
 
+    if not profile.is_dir():
+        raise UserError(f"{profile}: no such folder; name a Snakemake profile, a folder that holds its config.yaml")
     folder = raw.folder_of(out.resolve() / "data", recipe)
     options = ["--frames", "all" if recipe.frames is None else str(recipe.frames), "--order", recipe.order]
     options += ["--alpha", repr(recipe.alpha), "--size", f"{size[0]}x{size[1]}", "--out", str(out.resolve())]
     options += ([] if recipe.fill else ["--no-fill"]) + (["--lossless"] if recipe.lossless else [])
     with locked(folder / ".batch.lock", wait=False):
         shutil.rmtree(folder / "done", ignore_errors=True)  # the jobs see for themselves what is done, and it is cheap
-        config = {"folder": str(folder), "archives": [str(path.resolve()) for path in archives], "options": options}
+        config = {"archives": [os.path.abspath(path) for path in archives], "options": options}
         with atomic_write(folder / "batch.json") as file:
             json.dump(config | {"threads": os.cpu_count() or 1}, file)
         return _run_engine(SNAKEFILE.with_name("nyu.smk"), folder, folder / "batch.json", out, None, profile)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import math
 import sys
 import typing
 from collections.abc import Sequence
@@ -206,6 +208,7 @@ def _data_nyu_labelled(options: argparse.Namespace) -> None:
 
 def _data_nyu_raw(options: argparse.Namespace) -> int:
     from d3lib.data import raw
+    from d3lib.data.nyu import training_directories
 
     recipe = raw.Recipe(options.frames, options.order, options.alpha, options.fill, options.lossless)
     folder = raw.folder_of(options.out / "data", recipe)
@@ -213,23 +216,29 @@ def _data_nyu_raw(options: argparse.Namespace) -> int:
         raise UserError(f"--size is {options.size[0]}x{options.size[1]}; each side must be 1 to 2048")
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers is {options.workers}; it must be at least 1")
+    if options.profile is not None and (options.step or options.workers):
+        raise UserError("--profile does every step, on all cores of its jobs; leave --step and --workers out")
+    say = functools.partial(print, flush=True)
     if options.step in (None, "plan"):
         plan = raw.make_plan(options.archives, folder, recipe)
-        print(f"{folder / 'plan.json'}: {plan['chosen']} of {plan['available']} synchronised pairs, "
-              f"{len(plan['directories'])} directories, {len(plan['left_out'])} left out", flush=True)  # fmt: skip
+        say(f"{folder / 'plan.json'}: {plan['chosen']} of {plan['available']} synchronised pairs, "
+            f"{len(plan['directories'])} directories, {len(plan['left_out'])} left out")  # fmt: skip
+        if plan["present"] < len(training_directories()) and recipe.frames in raw.SET_NAMES:
+            say(f"warning: {plan['present']} of the {len(training_directories())} training directories are in these "
+                f"archives, so this is not the paper's {raw.SET_NAMES[recipe.frames]}")  # fmt: skip
     if options.profile is not None:
         from d3lib.batch import process_archives
 
         return process_archives(options.archives, recipe, options.size, options.out, options.profile)
     if options.step in (None, "process"):
         # of a plan with other archives too, a cluster's job does its own alone
-        done = raw.process(folder, archives=options.archives, workers=options.workers, progress=print)
+        done = raw.process(folder, archives=options.archives, workers=options.workers, progress=say)
         print(f"{folder}: {done['written']} frames, {len(done['skipped'])} skipped, {done['bytes'] / 1e6:.0f} MB")
         for row in done["skipped"][:9]:
             print(f"  skipped {row['frame']}: {row['reason']}")
     if options.step in (None, "store"):
         target = raw.store_of(options.out / "data", recipe, options.size)
-        store = raw.make_store(folder, target, options.size, print)
+        store = raw.make_store(folder, target, options.size, say)
         print(f"{target}: {len(store)} frames, digest {store.digest[:16]}")
     return 0
 

@@ -1,5 +1,6 @@
 """The raw pipeline on small recordings in the Kinect's formats: plan, faults, resume, and what is kept."""
 
+import errno
 import io
 import json
 import os
@@ -155,13 +156,16 @@ def test_without_filling_the_holes_stay_invalid(archive, tmp_path):
         assert ((sample["depth"] > 0) == sample["valid"]).all() and 0.5 < sample["valid"].mean() < 1
 
 
-def test_filling_before_cropping_is_another_answer(archive, tmp_path):
+def test_filling_before_cropping_fills_the_whole_frame_and_is_another_answer(archive, tmp_path):
     found = []
     for order in ("crop-fill", "fill-crop"):
         raw.make_plan([archive], tmp_path / order, raw.Recipe(frames=1, order=order))
         raw.process(tmp_path / order, workers=1)
-        found.append(next(raw.samples(tmp_path / order))[1]["depth"])
-    assert np.abs(found[0] - found[1]).max() > 0
+        found.append(next(raw.samples(tmp_path / order))[1]["depth"][0])
+    depth_bytes, rgb_bytes = recorded(200)
+    rgb, depth = kinect.project(kinect.read_ppm(rgb_bytes), kinect.read_pgm(depth_bytes))
+    filled = fill_depth(rgb.transpose(2, 0, 1), depth)[44:471, 40:601]
+    assert np.abs(found[1] - filled).max() <= 0.00051 < np.abs(found[0] - found[1]).max()
 
 
 def test_a_bad_frame_is_skipped_with_its_reason_and_never_fatal(tmp_path):
@@ -266,12 +270,100 @@ def test_a_disk_that_is_too_small_is_refused_before_and_a_full_one_leaves_no_hal
     assert raw.process(tmp_path, workers=1)["written"] == 12
 
 
+def test_a_read_error_of_the_disk_is_no_fault_of_a_frame(archive, tmp_path, monkeypatch):
+    raw.make_plan([archive], tmp_path, raw.Recipe())
+    read, failing = zipfile.ZipFile.open, f"basement_0001a/d-{1_300_002_000 + 2 / 30:.6f}-2.pgm"
+
+    def open_or_fail(file, name, *rest, **options):
+        if name == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(file, name, *rest, **options)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", open_or_fail)
+    with pytest.raises(UserError, match="1 directories are not done .basement_0001a.*Input/output error.*goes on"):
+        raw.process(tmp_path, workers=1)
+    assert list(kept(tmp_path)) == ["basement_0001b.zip", "bathroom_0001.zip"]
+    monkeypatch.undo()
+    summary = raw.process(tmp_path, workers=1)
+    assert (summary["written"], summary["skipped"]) == (12, [])
+
+
+def test_where_not_one_frame_is_fit_nothing_is_kept(tmp_path):
+    members = recording(2, ["basement_0001a"])
+    members = {name: DAMAGED if name.endswith("pgm") else data for name, data in members.items()}
+    raw.make_plan([zipped(tmp_path / "part.zip", members)], tmp_path / "out", raw.Recipe())
+    for _ in range(2):
+        with pytest.raises(UserError, match="none of 2 frames is fit .basement_0001a.*truncated"):
+            raw.process(tmp_path / "out", workers=1)
+        assert not kept(tmp_path / "out")
+
+
 def test_an_archive_that_changed_since_the_plan_is_refused(tmp_path):
     path = zipped(tmp_path / "a.zip", recording(1, ["basement_0001a"]))
     raw.make_plan([path], tmp_path / "out", raw.Recipe())
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(UserError, match="changed since"):
         raw.process(tmp_path / "out")
+    with zipfile.ZipFile(path) as file:
+        file.extractall(tmp_path / "extracted")
+    raw.make_plan([tmp_path / "extracted"], tmp_path / "other", raw.Recipe())
+    next((tmp_path / "extracted").rglob("*.ppm")).unlink()
+    with pytest.raises(UserError, match="changed since"):
+        raw.process(tmp_path / "other", workers=1)
+
+
+def test_archives_are_known_again_in_any_order_and_on_another_disk(tmp_path):
+    for disk in ("one", "two"):
+        (tmp_path / disk).mkdir()
+        zipped(tmp_path / disk / "a.zip", recording(1, ["basement_0001a"]))
+        zipped(tmp_path / disk / "b.zip", recording(1, ["bathroom_0001"]))
+    raw.make_plan([tmp_path / "one" / "b.zip", tmp_path / "one" / "a.zip"], tmp_path / "out", raw.Recipe())
+    shutil.rmtree(tmp_path / "one")
+    moved = [tmp_path / "two" / "a.zip", tmp_path / "two" / "b.zip"]
+    raw.make_plan(moved, tmp_path / "out", raw.Recipe())
+    assert raw.process(tmp_path / "out", archives=moved, workers=1)["written"] == 2
+    zipped(tmp_path / "two" / "b.zip", recording(2, ["bathroom_0001"]))
+    with pytest.raises(UserError, match="other archives"):
+        raw.make_plan(moved, tmp_path / "out", raw.Recipe())
+
+
+def extracted(folder, members):
+    for name, content in members.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def test_folders_behind_links_are_found_and_links_that_lead_back_end(tmp_path):
+    extracted(tmp_path / "disk", recording(1, ["basement_0001a"]))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "basement_0001a").symlink_to(tmp_path / "disk" / "basement_0001a")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in")
+    assert pairs_of(raw.make_plan([tmp_path / "in"], tmp_path / "out", raw.Recipe())) == {"basement_0001a": 1}
+    assert raw.process(tmp_path / "out", workers=1)["written"] == 1
+
+
+def test_a_directory_that_one_archive_holds_twice_is_refused(tmp_path):
+    members = recording(1, ["basement_0001a"])
+    path = zipped(tmp_path / "a.zip", members | {f"copy/{name}": data for name, data in members.items()})
+    with pytest.raises(UserError, match="a.zip/basement_0001a and .*a.zip/copy/basement_0001a both hold"):
+        raw.make_plan([path], tmp_path / "out", raw.Recipe())
+
+
+def test_a_name_that_is_not_utf_8_is_left_out_by_name(tmp_path):
+    extracted(tmp_path / "in", recording(1, ["basement_0001a", "bathroom_0001"]))
+    try:
+        os.rename(tmp_path / "in" / "bathroom_0001", os.fsencode(tmp_path / "in") + b"/caf\xe9_0001")
+        os.makedirs(os.fsencode(tmp_path / "in") + b"/\xff")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    extracted(tmp_path, recording(1, ["basement_0001b"]))
+    os.rename(tmp_path / "basement_0001b", os.fsencode(tmp_path / "in") + b"/\xff/basement_0001b")
+    plan = raw.make_plan([tmp_path / "in"], tmp_path / "out", raw.Recipe())
+    assert plan["left_out"] == {
+        r"caf\udce9_0001": "not a directory of the official training scenes",
+        r"\udcff/basement_0001b": "a name that is not UTF-8; rename the folder",
+    }
+    assert raw.process(tmp_path / "out", workers=1)["written"] == 1
 
 
 def test_a_damaged_scene_is_made_again(archive, tmp_path):
@@ -284,6 +376,96 @@ def test_a_damaged_scene_is_made_again(archive, tmp_path):
     assert kept(tmp_path) == before
 
 
+def test_a_damaged_picture_is_found_and_the_same_commands_make_it_anew(archive, tmp_path):
+    raw.make_plan([archive], tmp_path, raw.Recipe(frames=3))
+    raw.process(tmp_path, workers=1)
+    before = kept(tmp_path)
+    victim = tmp_path / "scenes" / "bathroom_0001.zip"
+    content = bytearray(victim.read_bytes())
+    content[50_000] ^= 0xFF
+    victim.write_bytes(content)
+    with pytest.raises(UserError, match="bathroom_0001.zip: .* was damaged .*makes it anew"):
+        raw.make_store(tmp_path, tmp_path / "store", (64, 80))
+    assert not victim.exists()
+    raw.process(tmp_path, workers=1)
+    assert kept(tmp_path) == before and len(raw.make_store(tmp_path, tmp_path / "store", (64, 80))) == 3
+
+
+def test_a_scene_of_another_choice_of_frames_is_made_again(archive, tmp_path):
+    raw.make_plan([archive], tmp_path, raw.Recipe())
+    raw.process(tmp_path, workers=1)
+    (tmp_path / "plan.json").unlink()  # and the scenes stay
+    raw.make_plan([archive], tmp_path, raw.Recipe(frames=3))
+    with pytest.raises(UserError, match="not done yet"):
+        list(raw.samples(tmp_path))
+    assert raw.process(tmp_path, workers=1)["written"] == 3
+
+
+@pytest.fixture(scope="module")
+def long_recording(tmp_path_factory):
+    """Three directories of 150 times the same frame: enough work to be in the middle of it."""
+    folder = tmp_path_factory.mktemp("long")
+    for name, content in zip(("d.pgm", "r.ppm"), recorded(0), strict=True):
+        (folder / name).write_bytes(content)
+    for name in DIRECTORIES:
+        (folder / "in" / name).mkdir(parents=True)
+        for number in range(150):
+            for file in ("d.pgm", "r.ppm"):
+                target = folder / "in" / name / f"{file[0]}-{1000 + number}.0-{number}{file[1:]}"
+                os.link(folder / file, target)
+    return folder / "in"
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGKILL], [signal.SIGINT, signal.SIGINT]])
+def test_a_command_that_is_told_to_end_takes_its_processes_with_it(long_recording, tmp_path, signals):
+    command = [sys.executable, "-m", "d3lib", "data", "nyu-raw", str(long_recording), "--frames", "all", "--workers"]
+    process = subprocess.Popen(
+        [*command, "2", "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    place = raw.folder_of(tmp_path / "data", raw.Recipe()) / "scenes"
+    deadline = time.monotonic() + 60
+    while len(list(place.glob(".*.part.zip"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(1)
+    output = process.communicate(timeout=10)[0]  # which waits for whoever holds its standard output
+    assert "Traceback" not in output and not list(place.glob("[!.]*.zip"))
+    if signals[0] == signal.SIGINT:
+        assert process.returncode == 130
+        assert "2 directories are being finished; interrupt again" in output and "the same command" in output
+    else:
+        assert process.returncode == -signals[0]
+
+
+def test_an_interrupt_finishes_what_is_begun_and_begins_no_more(archive, tmp_path):
+    command = [sys.executable, "-m", "d3lib", "data", "nyu-raw", str(archive), "--frames", "all", "--workers", "2"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    place = raw.folder_of(tmp_path / "data", raw.Recipe()) / "scenes"
+    deadline = time.monotonic() + 60
+    while len(list(place.glob(".*.part.zip"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert [path.name for path in sorted(place.glob("[!.]*.zip"))] == ["basement_0001a.zip", "basement_0001b.zip"]
+
+
+def test_sets_that_differ_in_anything_have_different_names_and_the_papers_have_theirs(tmp_path):
+    size = (256, 320)
+    assert raw.store_of(tmp_path, raw.Recipe(12000), size).name == "nyu-12k-256x320"
+    assert raw.store_of(tmp_path, raw.Recipe(), size).name == "nyu-230k-256x320"
+    recipes = [
+        raw.Recipe(frames, order, alpha, fill, lossless)
+        for frames in (None, 12000, 7)
+        for order in ("crop-fill", "fill-crop")
+        for alpha in (1.0, 0.5)
+        for fill in (True, False)
+        for lossless in (True, False)
+    ]
+    for where in (lambda recipe: raw.store_of(tmp_path, recipe, size), lambda recipe: raw.folder_of(tmp_path, recipe)):
+        assert len(set(map(where, recipes))) == len(recipes)
+
+
 def run(*arguments):
     return cli.main([str(argument) for argument in arguments])
 
@@ -292,7 +474,7 @@ def test_the_command_makes_a_store_and_does_nothing_twice(archive, tmp_path, cap
     command = ("data", "nyu-raw", archive, "--frames", 3, "--out", tmp_path, "--size", "64x80", "--workers", 1)
     assert run(*command) == 0
     first = capsys.readouterr().out
-    assert "3 of 12 synchronised pairs" in first and "3 frames, 0 skipped" in first
+    assert "3 of 12 synchronised pairs" in first and "3 frames, 0 skipped" in first and "warning" not in first
     from d3lib.data.shards import open_store
 
     store = open_store(tmp_path / "data" / "nyu-3-64x80")
@@ -300,6 +482,7 @@ def test_the_command_makes_a_store_and_does_nothing_twice(archive, tmp_path, cap
     assert [name.split("/")[0] for name in store.names] == ["basement_0001a", "basement_0001b", "bathroom_0001"]
     assert {nyu.scene_of(name) for name in store.names} == {"basement_0001", "bathroom_0001"}
     assert tuple(store[0]["rgb"].shape) == (3, 64, 80) and bool(store[0]["valid"].all())
+    assert store.source["directories"] == "3 of 284" and len(store.source["code"]) == 64
     stamp = (tmp_path / "data" / "nyu-3-64x80" / "store.json").stat().st_mtime_ns
     assert run(*command) == 0
     assert (tmp_path / "data" / "nyu-3-64x80" / "store.json").stat().st_mtime_ns == stamp
@@ -309,12 +492,19 @@ def test_the_command_makes_a_store_and_does_nothing_twice(archive, tmp_path, cap
     )
 
 
+def test_a_part_of_the_archives_is_not_called_the_papers_set_without_a_word(archive, tmp_path, capsys):
+    assert run("data", "nyu-raw", archive, "--frames", "all", "--out", tmp_path, "--step", "plan") == 0
+    assert "3 of the 284 training directories" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("none.zip",), ("{archive}", "--frames", "99"), ("{archive}", "--frames", "few"), ("{archive}", "--workers", "0"),
      ("{archive}", "--order", "sideways"), ("{archive}", "--alpha", "0"),
      ("{archive}", "--step", "store"), ("{archive}", "--size", "0x80"),
-     ("{archive}", "--alpha", "1e-300"), ("/dev/zero",)],
+     ("{archive}", "--alpha", "1e-300"), ("/dev/zero",),
+     ("{archive}", "--frames", "3", "--profile", "missing"), ("{archive}", "--profile", ".", "--step", "plan"),
+     ("{archive}", "--profile", ".", "--workers", "2")],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(arguments, archive, tmp_path, capsys):
     arguments = [argument.format(archive=archive) for argument in arguments]
@@ -377,19 +567,19 @@ def test_a_recording_of_rooms_in_both_cameras_geometry_comes_back_as_the_truth(t
 
 @pytest.mark.slow
 def test_a_cluster_does_one_job_an_archive_and_writes_the_same_store(tmp_path, capfd):
-    first = zipped(tmp_path / "a b.zip", recording(2, ["basement_0001a"]))
+    first = zipped(tmp_path / "a {b}.zip", recording(2, ["basement_0001a"]))
     second = zipped(tmp_path / "c.zip", recording(2, ["bathroom_0001"], 1_400_000_000))
     profile = tmp_path / "profile"
     profile.mkdir()
     (profile / "config.yaml").write_text("jobs: 2\n")
     command = ("data", "nyu-raw", first, second, "--frames", "4", "--size", "64x80", "--out")
     assert run(*command, tmp_path / "one") == 0
-    assert run(*command, tmp_path / "jobs", "--profile", profile) == 0
-    shutil.rmtree(tmp_path / "jobs" / "data" / "nyu-4-64x80")
-    assert run(*command, tmp_path / "jobs", "--profile", profile) == 0
+    assert run(*command, tmp_path / "{jobs}", "--profile", profile) == 0
+    shutil.rmtree(tmp_path / "{jobs}" / "data" / "nyu-4-64x80")
+    assert run(*command, tmp_path / "{jobs}", "--profile", profile) == 0
     from d3lib.data.shards import open_store
 
-    stores = [open_store(tmp_path / name / "data" / "nyu-4-64x80") for name in ("one", "jobs")]
+    stores = [open_store(tmp_path / name / "data" / "nyu-4-64x80") for name in ("one", "{jobs}")]
     assert stores[0].digest == stores[1].digest and len(stores[0]) == 4
 
 

@@ -13,19 +13,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import functools
 import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import re
 import shutil
+import signal
+import threading
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +42,15 @@ from d3lib import artefacts
 from d3lib.data import kinect
 from d3lib.data.inpaint import fill_depth
 from d3lib.errors import UserError
+from d3lib.provenance import code_digest
 
-PLAN, SCENE, VERSION = "d3lib-raw-plan", "d3lib-raw-scene", 1
+PLAN, SCENE, VERSION = "d3lib-raw-plan", "d3lib-raw-scene", 2
 SET_NAMES = {12000: "12k", None: "230k"}  # as the paper calls them
 DISK_RESERVE = 1 << 27  # bytes to leave free
 JPEG_QUALITY = 95
 ATTEMPTS = 3  # how often a directory is begun whose process is killed
+DAMAGE = (OSError, ValueError, KeyError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile)
+_PICTURE = re.compile(r"(?:(.*)/)?([rd]-[^/]*\.p[gp]m)", re.DOTALL)
 Progress = Callable[[str], None]
 
 
@@ -66,22 +75,28 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """What the set is called in a path: 12k, 230k, or its number of frames; `-raw` if its holes are kept."""
-        return SET_NAMES.get(self.frames, str(self.frames)) + ("" if self.fill else "-raw")
+        """What the set is called in a path: 12k, 230k, or its number of frames; `-raw` if its holes are kept.
+
+        Anything else that is not the default shows as a digest.
+        """
+        name = SET_NAMES.get(self.frames, str(self.frames)) + ("" if self.fill else "-raw")
+        rest = dataclasses.replace(self, frames=None, fill=True)
+        return name if rest == Recipe() else f"{name}-{artefacts.digest_json(dataclasses.asdict(rest))[:8]}"
 
 
 class Archive:
     """A zip file, or a folder, that holds directories of a recording; members are read one at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path = path.resolve()
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
         self._zip: zipfile.ZipFile | None = None
         if not path.is_dir():
             if not path.is_file():  # a pipe would wait for ever
                 raise UserError(f"{path}: neither a zip file nor a folder")
             try:
                 self._zip = zipfile.ZipFile(path)
-            except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+            except DAMAGE as error:
+                _raise_if_passing(error)
                 raise UserError(f"{path}: not a readable zip ({error}); download it again or leave it out") from error
 
     def __enter__(self) -> Archive:
@@ -91,76 +106,105 @@ class Archive:
         if self._zip is not None:
             self._zip.close()
 
-    def directories(self) -> dict[str, dict[str, str]]:
-        """Directory → file name → member. The folder a file lies in is its directory, wherever that lies itself."""
-        if self._zip is not None:
-            members = [info.filename for info in self._zip.infolist() if not info.is_dir()]
-        else:
-            members = [path.relative_to(self.path).as_posix() for path in self.path.rglob("[rd]-*.p[gp]m")]
-            members = [f"{self.path.name}/{name}" if "/" not in name else name for name in members]
-        found: dict[str, dict[str, str]] = {}
-        for member in members:
-            *folders, name = member.split("/")
-            if folders:
-                found.setdefault(folders[-1], {})[name] = member
+    def folders(self) -> dict[str, list[str]]:
+        """Where colour and depth pictures lie, at any depth ("" is the archive itself) → their file names."""
+        members = _walk(self.path) if self._zip is None else (info.filename for info in self._zip.infolist())
+        found: dict[str, list[str]] = {}
+        for match in filter(None, map(_PICTURE.fullmatch, members)):
+            found.setdefault(match[1] or "", []).append(match[2])
         return found
 
     def read(self, member: str, limit: int) -> bytes:
-        """The member's bytes, but never more than one beyond `limit`. Raises `UserError` naming it if it is damaged."""
+        """The member's bytes, but never more than one beyond `limit`.
+
+        Raises `UserError` naming it if it is damaged, `OSError` if the disk or the network fails.
+        """
         try:
-            if self._zip is not None:
-                if self._zip.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise zipfile.BadZipFile("compressed in a way that NYU's archives are not")  # bounds nothing
-                with self._zip.open(member) as file:
-                    content = file.read(limit + 1)
-                    # what follows is only read for its checksum
-                    if len(content) <= limit and file.read(1):
-                        raise zipfile.BadZipFile("longer than declared")
-                    return content
-            path = self.path / member
-            if not path.is_file():  # files that lie in the folder itself
-                path = self.path.parent / member
-            with path.open("rb") as file:
-                return file.read(limit + 1)
-        except (OSError, ValueError, KeyError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            if self._zip is None:
+                with (self.path / member).open("rb") as file:
+                    return file.read(limit + 1)
+            if self._zip.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise zipfile.BadZipFile("compressed in a way that NYU's archives are not")  # bounds nothing
+            with self._zip.open(member) as file:
+                content = file.read(limit + 1)
+                # what follows is only read for its checksum
+                if len(content) <= limit and file.read(1):
+                    raise zipfile.BadZipFile("longer than declared")
+                return content
+        except DAMAGE as error:
+            _raise_if_passing(error)
             raise UserError(f"{self.path}: {member} cannot be read ({error})") from error
+
+
+_open_archive = functools.lru_cache(maxsize=1)(Archive)  # the list of a large zip's members takes seconds to read
+
+
+def _raise_if_passing(error: BaseException) -> None:
+    """Raise `error` on if it is the system's, not the content's: another time it may be gone."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a zip points before itself
+        raise error
+
+
+def _walk(top: Path) -> Iterator[str]:
+    """The files below a folder. Links to folders are followed, but a folder is not visited twice by the same name."""
+    seen = set()
+    for place, folders, files in os.walk(top, followlinks=True):
+        where = (os.path.realpath(place), os.path.basename(place))
+        if where in seen:
+            folders.clear()
+            continue
+        seen.add(where)
+        folders.sort()
+        yield from (Path(place, name).relative_to(top).as_posix() for name in files)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a zip, or of a folder's pictures; -1 if there is nothing."""
+    if not path.is_dir():
+        return path.stat().st_size if path.exists() else -1
+    return sum((path / name).stat().st_size for name in _walk(path) if _PICTURE.fullmatch(name))
 
 
 def make_plan(archives: Sequence[str | Path], folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Choose the frames and write `folder/plan.json`; a plan already there is returned if it is of the same input.
 
-    Returns its content: `recipe`; `archives` (name, bytes); `available` (synchronised pairs of the training scenes);
-    `chosen`; `left_out` (directories that are no official training scene, or lack a modality, by reason);
-    `directories` (name → archive's number, its pairs "depth-file rgb-file" in order of time).
+    Returns its content: `recipe`; `archives` (path, name, bytes), in order of name; `present` (how many of the 284
+    training directories they hold); `available` (synchronised pairs in these); `chosen`; `left_out` (directories that
+    are no official training scene, or lack a modality, by reason); `directories` (name → archive's number, the folder
+    in it, its pairs "depth-file rgb-file" in order of time).
 
-    Raises `UserError` for an archive that is missing or unreadable, a directory that two archives hold, too few
-    frames, or a folder with another plan.
+    Raises `UserError` for an archive that is missing or unreadable, a directory that is there twice, too few frames,
+    or a folder with another plan.
     """
     from d3lib.data import nyu  # not at the top: it needs torch, which the worker processes need not carry
 
-    paths = [Path(archive) for archive in archives]
-    if not paths:
+    if not archives:
         raise UserError("no archives; name NYU's raw zip files, or folders that they were extracted to")
+    paths = [Path(os.path.abspath(archive)) for archive in archives]  # a link keeps its name
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such archive")
-    listing, left_out, seen = {}, {}, {}
-    for number, path in enumerate(paths):
-        with Archive(path) as archive:
-            for name, members in archive.directories().items():
+    entries = sorted(({"path": str(path), "name": path.name, "bytes": _size(path)} for path in paths), key=_identity)
+    listing, left_out = {}, {}
+    for number, entry in enumerate(entries):
+        with Archive(entry["path"]) as archive:
+            for inside, members in archive.folders().items():
+                name = (inside or entry["name"]).rpartition("/")[2]
+                readable = inside.encode("utf-8", "backslashreplace").decode()  # a plan is UTF-8, a disk need not be
                 if name not in nyu.training_directories():
-                    left_out[name] = "not a directory of the official training scenes"
-                    continue
-                if name in seen:
-                    raise UserError(f"{path} and {seen[name]} both hold {name}; name one of them")
-                seen[name] = path
-                pairs = kinect.synchronise(members)
-                if pairs:
-                    listing[name] = (number, [" ".join(pair) for pair in pairs])
-                else:
+                    left_out[readable.rpartition("/")[2] or name] = "not a directory of the official training scenes"
+                elif inside != readable:
+                    left_out[readable] = "a name that is not UTF-8; rename the folder"
+                elif not (pairs := kinect.synchronise(members)):
                     left_out[name] = "no depth pictures with colour pictures"
-    names = sorted(listing)
-    available = sum(len(listing[name][1]) for name in names)
+                elif name in listing:
+                    other = Path(entries[listing[name]["archive"]]["path"], listing[name]["folder"])
+                    raise UserError(
+                        f"{other} and {Path(entry['path'], inside)} both hold {name}; leave one of them out"
+                    )
+                else:
+                    listing[name] = {"archive": number, "folder": inside, "pairs": [" ".join(pair) for pair in pairs]}
+    available = sum(len(entry["pairs"]) for entry in listing.values())
     count = available if recipe.frames is None else recipe.frames
     if not 1 <= count <= available:
         raise UserError(
@@ -169,15 +213,16 @@ def make_plan(archives: Sequence[str | Path], folder: Path, recipe: Recipe) -> d
         )
     chosen = np.arange(count) * available // count  # equally spaced over the directories in order of name
     directories, start = {}, 0
-    for name in names:
-        number, pairs = listing[name]
+    for name, entry in sorted(listing.items()):
+        pairs = entry["pairs"]
         here = chosen[(chosen >= start) & (chosen < start + len(pairs))] - start
         start += len(pairs)
         if len(here):
-            directories[name] = {"archive": number, "pairs": [pairs[index] for index in here]}
+            directories[name] = entry | {"pairs": [pairs[index] for index in here]}
     content = {
         "recipe": dataclasses.asdict(recipe),
-        "archives": [{"path": str(path.resolve()), "bytes": _size(path)} for path in paths],
+        "archives": entries,
+        "present": len(listing),
         "available": available,
         "chosen": count,
         "left_out": left_out,
@@ -185,11 +230,10 @@ def make_plan(archives: Sequence[str | Path], folder: Path, recipe: Recipe) -> d
     }
     place = folder / "plan.json"
     with artefacts.locked(folder / ".lock"):
-        if place.exists():
-            if artefacts.read_json(place, format=PLAN, version=VERSION) != content:
-                raise UserError(f"{place}: a plan of other archives or another recipe; delete {folder} or use --out")
-        else:
+        if not place.exists():
             artefacts.write_json(place, content, format=PLAN, version=VERSION)
+        elif _wherever(read_plan(folder)) != _wherever(content):
+            raise UserError(f"{place}: a plan of other archives or another recipe; delete {folder} or use --out")
     return content
 
 
@@ -198,8 +242,52 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return artefacts.read_json(folder / "plan.json", format=PLAN, version=VERSION)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def _identity(entry: Mapping[str, Any]) -> tuple[str, int]:
+    """By what an archive is known again, on whatever disk it lies."""
+    return entry["name"], entry["bytes"]
+
+
+def _wherever(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan without the places of its archives, which do not decide the frames."""
+    return {**plan, "archives": [_identity(entry) for entry in plan["archives"]]}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The zip of one directory of a plan: where it is, and what is to be in it."""
+
+    folder: Path  # of the plan
+    name: str
+    pairs: Sequence[str]
+    recipe: Recipe
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.folder / "scenes" / f"{self.name}.zip"
+
+    @property
+    def key(self) -> str:
+        """A digest of what decides the content: the choice of frames, the recipe and the code."""
+        code = code_digest("d3lib.data.kinect", "d3lib.data.inpaint")
+        return artefacts.digest_json([self.name, list(self.pairs), dataclasses.asdict(self.recipe), code])
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What the zip says of itself, or None if it is not there, not whole, or made from something else."""
+        try:
+            with zipfile.ZipFile(self.path) as scene:
+                found = json.loads(scene.read("manifest.json"))
+            same = (found["format"], found["version"], found["content"]["key"]) == (SCENE, VERSION, self.key)
+            return found["content"] if same else None
+        except (*DAMAGE, TypeError) as error:
+            if not isinstance(error, FileNotFoundError):
+                _raise_if_passing(error)
+            return None
+
+
+def _scenes(folder: Path, plan: Mapping[str, Any]) -> dict[str, Scene]:
+    recipe = Recipe(**plan["recipe"])
+    return {name: Scene(folder, name, entry["pairs"], recipe) for name, entry in plan["directories"].items()}
 
 
 def process_frame(
@@ -228,83 +316,114 @@ def process(
 ) -> dict[str, Any]:
     """Process every directory of the plan that is not done, on `workers` processes (default: one per core).
 
-    Args: `archives`: only directories of these (default: of all).
+    Args: `archives`: only directories of these, read where they are now (default: of all, where the plan found them).
 
     Prints, through `progress`, an estimate first and then rate, bytes and time left. Returns a summary: `written`,
     `skipped` frames, `bytes`, `seconds`. A bad frame is skipped with its reason; a killed process costs the directory
-    it was at. Raises `UserError` for a full disk, or a plan of changed archives.
+    it was at, and so does a disk or a network that fails. Raises `UserError` for a full disk, a plan of changed
+    archives, directories that could not be read, and if not a single frame is fit.
     """
     kinect.require_numba()  # or every frame would be skipped for want of it
+    _open_archive.cache_clear()  # the same path may be another file by now
     plan = read_plan(folder)
-    recipe = Recipe(**plan["recipe"])
-    for entry in plan["archives"]:
-        if not Path(entry["path"]).exists() or _size(Path(entry["path"])) != entry["bytes"]:
+    known = [_identity(entry) for entry in plan["archives"]]
+    places = {}
+    for path in [Path(os.path.abspath(path)) for path in archives or [entry["path"] for entry in plan["archives"]]]:
+        if (path.name, _size(path)) not in known:
             raise UserError(
-                f"{entry['path']}: missing, or changed since plan.json was written; restore it or plan anew"
+                f"{path}: missing, changed since {folder / 'plan.json'} was written, or not in it; restore it, or "
+                f"delete {folder} and plan with all archives"
             )
-    wanted = {str(Path(archive).resolve()) for archive in archives}
-    known = [entry["path"] for entry in plan["archives"]]
-    if unknown := wanted - set(known):
-        raise UserError(f"{', '.join(sorted(unknown))}: not in {folder / 'plan.json'}; plan with all archives first")
-    jobs = {
-        name: (known[entry["archive"]], name, entry["pairs"], recipe, folder)
-        for name, entry in plan["directories"].items()
-        if not wanted or known[entry["archive"]] in wanted
-    }
-    waiting = {name: job for name, job in jobs.items() if _read_scene(folder, name, recipe) is None}
-    workers = min(workers or os.cpu_count() or 1, max(len(waiting), 1))
-    ticker = _Ticker(sum(len(job[2]) for job in waiting.values()), workers, progress)
-    if waiting:
-        ticker.estimate(next(iter(waiting.values())), folder)
+        places[known.index((path.name, _size(path)))] = path
+    entries = {name: entry for name, entry in plan["directories"].items() if entry["archive"] in places}
+    scenes = {name: scene for name, scene in _scenes(folder, plan).items() if name in entries}
+    jobs = [
+        (scene, places[entries[name]["archive"]], entries[name]["folder"])
+        for name, scene in scenes.items()
+        if scene.manifest() is None
+    ]
+    workers = min(workers or os.cpu_count() or 1, max(len(jobs), 1))
+    ticker = _Ticker(sum(len(scene.pairs) for scene, *_ in jobs), workers, progress)
+    if jobs:
+        ticker.estimate(*jobs[0])
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _run_jobs(waiting, workers, ticker)
+            _run_jobs(jobs, workers, ticker)
             break
         except BrokenProcessPool:
-            waiting = {name: job for name, job in waiting.items() if _read_scene(folder, name, recipe) is None}
+            jobs = [job for job in jobs if job[0].manifest() is None]
             if attempt == ATTEMPTS:
                 raise UserError(
-                    f"{folder}: a process was killed {ATTEMPTS} times (out of memory?), {len(waiting)} directories are "
+                    f"{folder}: a process was killed {ATTEMPTS} times (out of memory?), {len(jobs)} directories are "
                     "not done; try fewer --workers, the same command goes on"
                 ) from None
-    manifests = [_read_scene(folder, name, recipe) or {} for name in jobs]
+    if ticker.faults:
+        raise UserError(f"{len(ticker.faults)} directories are not done ({ticker.faults[0]}); the same command goes on")
+    manifests = [scene.manifest() or {"frames": [], "skipped": []} for scene in scenes.values()]
     summary = {
         "available": plan["available"],
         "written": sum(len(manifest["frames"]) for manifest in manifests),
         "skipped": [row for manifest in manifests for row in manifest["skipped"]],
-        "bytes": sum((folder / "scenes" / f"{name}.zip").stat().st_size for name in jobs),
+        "bytes": sum(scene.path.stat().st_size for scene in scenes.values()),
         "seconds": ticker.seconds,
     }
+    if summary["skipped"] and not summary["written"]:  # no fault of single frames
+        for scene in scenes.values():
+            scene.path.unlink()
+        row = summary["skipped"][0]
+        raise UserError(f"{folder}: none of {len(summary['skipped'])} frames is fit ({row['frame']}: {row['reason']})")
     return summary
 
 
-def _run_jobs(jobs: Mapping[str, tuple], workers: int, ticker: _Ticker) -> None:
+Job = tuple[Scene, Path, str]  # what to make, the archive that it is in, and the folder there
+
+
+def _run_jobs(jobs: Sequence[Job], workers: int, ticker: _Ticker) -> None:
     if workers == 1:
-        for job in jobs.values():
-            ticker.add(_process_directory(job))
+        for job in jobs:
+            ticker.add(*_process_directory(*job))
         return
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     before = {name: os.environ.get(name) for name in threads}
     os.environ.update(threads)  # a process has one core: BLAS threads would only get in each other's way
     # spawned: neither torch nor open files are inherited, a worker stays small
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow_parent)
+    queue, running = iter(jobs), set[Future]()
     try:
-        for future in as_completed([pool.submit(_process_directory, job) for job in jobs.values()]):
-            ticker.add(future.result())
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
+        while True:  # the pool gets no job before a process is free: what it has, it cannot be made to forget
+            running |= {
+                pool.submit(_process_directory, *job) for job in itertools.islice(queue, workers - len(running))
+            }
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                ticker.add(*future.result())
+    except KeyboardInterrupt:
+        ticker.say(f"interrupted: {len(running)} directories are being finished; interrupt again to leave them")
         raise
     finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-    pool.shutdown()
+        try:
+            pool.shutdown()
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _quiet() -> None:
-    """In a worker: leave Ctrl-C to the parent, which cancels what has not begun."""
-    import signal
-
+def _follow_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it ends, however that happens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Ticker:
@@ -313,23 +432,23 @@ class _Ticker:
     def __init__(self, total: int, workers: int, progress: Progress | None) -> None:
         self.total, self.workers, self.say = total, workers, progress or (lambda line: None)
         self.done = self.bytes = 0
+        self.faults: list[str] = []
         self.start = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.start
 
-    def estimate(self, job: tuple, folder: Path) -> None:
+    def estimate(self, scene: Scene, path: Path, inside: str) -> None:
         """Time one frame, say what all will take, and refuse a disk that is too small. Raises `UserError`."""
-        path, _, pairs, recipe, _ = job
-        with Archive(Path(path)) as archive:
-            names = archive.directories()[job[1]]
-            size, seconds = 0, 0.0
-            for pair in pairs[:3]:
-                with contextlib.suppress(UserError):
+        folder, recipe = scene.folder, scene.recipe
+        size, seconds = 0, 0.0
+        with Archive(path) as archive:
+            for pair in scene.pairs[:3]:
+                with contextlib.suppress(UserError, OSError):
                     for _ in range(2):  # the first call compiles
                         started = time.perf_counter()
-                        frame = process_frame(archive, [names[name] for name in pair.split()], recipe)
+                        frame = process_frame(archive, _members(inside, pair), recipe)
                         size = sum(len(content) for content in _encode(*frame, recipe).values())
                         seconds = time.perf_counter() - started
                     break
@@ -343,12 +462,15 @@ class _Ticker:
             raise UserError(f"{folder}: about {_amount(need)} are needed and {_amount(free)} free; use --out")
         self.start = time.perf_counter()
 
-    def add(self, summary: Mapping[str, Any]) -> None:
-        self.done += summary["frames"]
-        self.bytes += summary["bytes"]
+    def add(self, frames: int, size: int, fault: str) -> None:
+        """Count a directory: so many frames and bytes, or none and why."""
+        self.done += frames
+        self.bytes += size
+        self.faults += [fault] if fault else []
         rate = self.done / max(self.seconds, 1e-9)
         left = (self.total - self.done) / rate if rate else math.inf
-        self.say(f"{self.done}/{self.total} frames, {rate:.1f} frames/s, {_amount(self.bytes)}, {_duration(left)} left")
+        line = f"{self.done}/{self.total} frames, {rate:.1f} frames/s, {_amount(self.bytes)}, {_duration(left)} left"
+        self.say(fault or line)
 
 
 def _duration(seconds: float) -> str:
@@ -365,39 +487,44 @@ def _amount(size: float) -> str:
     return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 
-def _process_directory(job: tuple[str, str, list[str], Recipe, Path]) -> dict[str, Any]:
-    """Make one directory's zip, unless another process has made it meanwhile."""
-    path, directory, pairs, recipe, folder = job
-    target = folder / "scenes" / f"{directory}.zip"
-    with artefacts.locked(target.with_name(f".{directory}.lock")):
-        if _read_scene(folder, directory, recipe) is None:
-            for rest in target.parent.glob(f".{directory}.*.part.zip"):
-                rest.unlink()  # of a process that was killed: ours is the only one here now
-            _write_scene(target, Path(path), directory, pairs, recipe)
-    return {"frames": len(pairs), "bytes": target.stat().st_size}
+def _process_directory(scene: Scene, path: Path, inside: str) -> tuple[int, int, str]:
+    """Make one directory's zip, unless another process has made it meanwhile. Returns frames, bytes and no fault.
+
+    Or 0, 0 and the fault, where disk or network fail: they may not another time.
+    """
+    target = scene.path
+    try:
+        with artefacts.locked(target.with_name(f".{scene.name}.lock")):
+            if scene.manifest() is None:
+                for rest in target.parent.glob(f".{scene.name}.*.part.zip"):
+                    rest.unlink()  # of a process that was killed: ours is the only one here now
+                _write_scene(scene, _open_archive(path), inside)
+        return len(scene.pairs), target.stat().st_size, ""
+    except OSError as error:
+        return 0, 0, f"{scene.name} is not done: {error}"
 
 
-def _write_scene(target: Path, path: Path, directory: str, pairs: Sequence[str], recipe: Recipe) -> None:
+def _members(inside: str, pair: str) -> list[str]:
+    return [f"{inside}/{name}" if inside else name for name in pair.split()]
+
+
+def _write_scene(scene: Scene, archive: Archive, inside: str) -> None:
     frames, skipped = [], []
-    with (
-        Archive(path) as archive,
-        artefacts.atomic_path(target) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as out,
-    ):
-        members = archive.directories().get(directory, {})
-        for pair in pairs:
+    with artefacts.atomic_path(scene.path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as out:
+        for pair in scene.pairs:
             stem = pair.split()[0].removesuffix(".pgm").removeprefix("d-")
             try:
-                content = _encode(*process_frame(archive, [members[name] for name in pair.split()], recipe), recipe)
-            except (UserError, KeyError, ArithmeticError, np.linalg.LinAlgError) as error:
-                skipped.append({"frame": f"{directory}/{stem}", "reason": " ".join(str(error).split())})
+                content = _encode(*process_frame(archive, _members(inside, pair), scene.recipe), scene.recipe)
+            except (UserError, ArithmeticError, np.linalg.LinAlgError) as error:
+                skipped.append({"frame": f"{scene.name}/{stem}", "reason": " ".join(str(error).split())})
                 continue
-            if shutil.disk_usage(target.parent).free < DISK_RESERVE:
-                raise UserError(f"{target.parent}: the disk is full; free some space, the same command goes on")
+            if shutil.disk_usage(scene.folder).free < DISK_RESERVE:
+                raise UserError(f"{scene.folder}: the disk is full; free some space, the same command goes on")
             for ending, data in content.items():
                 out.writestr(zipfile.ZipInfo(f"{stem}.{ending}"), data)  # without today's date: equal bytes
             frames.append({"frame": stem, "pair": pair})
-        manifest = {"directory": directory, "recipe": dataclasses.asdict(recipe), "frames": frames, "skipped": skipped}
+        manifest = {"directory": scene.name, "key": scene.key, "recipe": dataclasses.asdict(scene.recipe)}
+        manifest |= {"frames": frames, "skipped": skipped}
         text = json.dumps({"format": SCENE, "version": VERSION, "content": manifest}, indent=1, sort_keys=True)
         out.writestr(zipfile.ZipInfo("manifest.json"), text)
 
@@ -420,38 +547,21 @@ def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _read_scene(folder: Path, directory: str, recipe: Recipe) -> dict[str, Any] | None:
-    """The manifest of a directory's zip, or None if it is not there, not whole, or made by another recipe."""
-    try:
-        with zipfile.ZipFile(folder / "scenes" / f"{directory}.zip") as scene:
-            found = json.loads(scene.read("manifest.json"))
-        content = found["content"]
-        same = (found["format"], found["version"], content["recipe"]) == (SCENE, VERSION, dataclasses.asdict(recipe))
-        return content if same and content["directory"] == directory else None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile):
-        return None
-
-
 def samples(folder: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """All frames that `process` has kept, in order: (`<directory>/<time>`, sample as in `d3lib.data`, 427x561).
 
-    Raises `UserError` naming the directory that is not done, or the file that is damaged.
+    Raises `UserError` naming the directory that is not done, or the file that is damaged. The zip of a damaged file is
+    deleted, so that the same command makes it anew.
     """
-    plan = read_plan(folder)
-    recipe = Recipe(**plan["recipe"])
-    for name in plan["directories"]:
-        path = folder / "scenes" / f"{name}.zip"
-        manifest = _read_scene(folder, name, recipe)
-        if manifest is None:
-            raise UserError(f"{path}: not done yet, or damaged; run `d3lib data nyu-raw` again")
-        with Archive(path) as scene:
-            for frame in manifest["frames"]:
-                stem = frame["frame"]
-                rgb = _load(scene, f"{stem}.{'png' if recipe.lossless else 'jpg'}", (3,), np.uint8)
-                depth = _load(scene, f"{stem}.depth.png", (), np.uint16)
-                mask = _load(scene, f"{stem}.mask.png", (), np.bool_)
+    for scene, manifest in _done(folder, read_plan(folder)):
+        recipe = scene.recipe
+        with Archive(scene.path) as archive:
+            for stem in (row["frame"] for row in manifest["frames"]):
+                rgb = _load(archive, f"{stem}.{'png' if recipe.lossless else 'jpg'}", (3,), np.uint8)
+                depth = _load(archive, f"{stem}.depth.png", (), np.uint16)
+                mask = _load(archive, f"{stem}.mask.png", (), np.bool_)
                 yield (
-                    f"{name}/{stem}",
+                    f"{scene.name}/{stem}",
                     {
                         "rgb": np.ascontiguousarray(rgb.transpose(2, 0, 1)),
                         "depth": (depth / 1000.0).astype(np.float32)[None],
@@ -460,18 +570,32 @@ def samples(folder: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
                 )
 
 
-def _load(scene: Archive, member: str, channels: tuple[int, ...], kind: type) -> np.ndarray:
-    content = scene.read(member, 1 << 22)
+def _done(folder: Path, plan: Mapping[str, Any]) -> list[tuple[Scene, dict[str, Any]]]:
+    """Every directory of the plan with its manifest. Raises `UserError` naming one that is not done."""
+    found = []
+    for scene in _scenes(folder, plan).values():
+        manifest = scene.manifest()
+        if manifest is None:
+            raise UserError(f"{scene.path}: not done yet, or damaged; run `d3lib data nyu-raw` again")
+        found.append((scene, manifest))
+    return found
+
+
+def _load(archive: Archive, member: str, channels: tuple[int, ...], kind: type) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+        with Image.open(io.BytesIO(archive.read(member, 1 << 22)), formats=("PNG", "JPEG")) as image:
             if image.size != (561, 427):
                 raise ValueError(f"a picture of {image.size}")
             array = np.asarray(image)
         if array.shape[2:] != channels or array.dtype != kind:
             raise ValueError(f"a picture of {array.dtype} {array.shape}")
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise many kinds over a damaged file
+        _raise_if_passing(error)
+        archive.path.unlink(missing_ok=True)
         raise UserError(
-            f"{scene.path}: {member} is damaged ({error}); delete the zip, the command makes it anew"
+            f"{archive.path}: {member} was damaged ({error}); the zip is deleted, `d3lib data nyu-raw` makes it anew"
         ) from error
     return array
 
@@ -479,27 +603,29 @@ def _load(scene: Archive, member: str, channels: tuple[int, ...], kind: type) ->
 def make_store(folder: Path, target: Path, size: tuple[int, int], progress: Progress | None = None) -> Any:
     """Write the kept frames at `size` (H, W), stretched, as the store `target`, or open the one that is there.
 
-    Returns the store (`d3lib.data.shards.Store`).
+    Returns the store (`d3lib.data.shards.Store`). Raises `UserError` as `samples` does.
     """
     import torch
 
-    from d3lib.data import shards
+    from d3lib.data import nyu, shards
     from d3lib.data.loader import resize_sample
 
     plan = read_plan(folder)
+    done = _done(folder, plan)
+    stats = {scene.name: scene.path.stat() for scene, _ in done}
     source = {
         "kind": "nyu-raw",
-        "plan": artefacts.digest_json(plan),
+        "plan": artefacts.digest_json(_wherever(plan)),
+        "directories": f"{plan['present']} of {len(nyu.training_directories())}",
         "recipe": plan["recipe"],
         "size": list(size),
-        "scenes": {name: _stamp(folder / "scenes" / f"{name}.zip") for name in plan["directories"]},
+        "code": code_digest("d3lib.data.raw"),
+        "scenes": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},  # tell of a change, unread
     }
     with artefacts.locked(target.parent / f".{target.name}.lock"):
         if store := shards.open_if_from(target, source):
             return store
-        recipe = Recipe(**plan["recipe"])
-        manifests = {name: _read_scene(folder, name, recipe) or {"frames": []} for name in plan["directories"]}
-        names = [f"{name}/{row['frame']}" for name, found in manifests.items() for row in found["frames"]]
+        names = [f"{scene.name}/{row['frame']}" for scene, manifest in done for row in manifest["frames"]]
         start = time.perf_counter()
 
         def batches() -> Iterator[dict[str, torch.Tensor]]:
@@ -514,14 +640,9 @@ def make_store(folder: Path, target: Path, size: tuple[int, int], progress: Prog
         return shards.write_store(target, batches(), source=source, names=names)
 
 
-def _stamp(path: Path) -> list[int]:
-    """What tells that a file has changed, without reading it."""
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
-
-
 def folder_of(data_root: Path, recipe: Recipe) -> Path:
     """Where the plan and the kept frames of a recipe lie."""
-    return data_root / f"nyu-raw-{recipe.name}-{artefacts.digest_json(dataclasses.asdict(recipe))[:8]}"
+    return data_root / f"nyu-raw-{recipe.name}"
 
 
 def store_of(data_root: Path, recipe: Recipe, size: tuple[int, int]) -> Path:
