@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from d3lib.artefacts import read_json
 from d3lib.experiments import BUDGETS, all_runs
+from d3lib.intervals import prediction_interval
 from d3lib.records import State, is_current, read_record
 from d3lib.scoring import baselines_path
 
@@ -57,20 +57,6 @@ def load_baselines(budget: str, out: Path) -> dict[str, dict[str, Any]]:
 def score(record: Mapping[str, Any], metric: str, part: str = "test", pooling: str = "pooled") -> float | None:
     """One number of a record: the chosen weights' metric on a set, against the depth that counts for its data."""
     return record["metrics"]["chosen"][part][record["data"]["target"]][pooling][metric]
-
-
-def prediction_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of the 95 % prediction interval for one more run, from `values` of n runs.
-
-    Half-width t(0.975, n - 1) · s · √(1 + 1/n); infinite for a single run.
-    """
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.inf
-    from scipy.stats import t
-
-    spread = statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
-    return mean, float(t.ppf(0.975, len(values) - 1)) * spread
 
 
 def cell_status(paper: float, records: Iterable[Mapping[str, Any]], metric: str) -> str:

@@ -1,8 +1,5 @@
 """Numbers beside the paper's: statuses are computed by the stated rule, from records alone."""
 
-import math
-
-import numpy as np
 import pytest
 
 from d3lib import results
@@ -11,7 +8,7 @@ from d3lib.errors import UserError
 from d3lib.experiments import make_run
 from d3lib.provenance import TRAINING_CODE, code_digest
 from d3lib.records import RECORD, RECORD_VERSION
-from d3lib.results import cell_status, compare, paper_numbers, prediction_interval, status_text
+from d3lib.results import cell_status, compare, paper_numbers, status_text
 
 
 def record(rms, **fields):
@@ -31,24 +28,6 @@ def test_the_paper_column_holds_75_distinct_numbers():
     loss = {"D3-Net": "gan"}
     distinct = {(loss.get(n.method, n.method), n.train_set, n.encoder, n.metric) for n in ours}
     assert len(distinct) == 75
-
-
-def test_a_prediction_interval_is_the_textbook_one():
-    mean, half = prediction_interval([1.0, 2.0, 4.0])
-    # t(0.975, 2) = 4.302653 from a printed table; s = sqrt(7/3)
-    assert mean == pytest.approx(7 / 3)
-    assert half == pytest.approx(4.302653 * math.sqrt(7 / 3) * math.sqrt(1 + 1 / 3), rel=1e-5)
-    assert prediction_interval([1.0]) == (1.0, math.inf)
-
-
-def test_two_in_forty_new_runs_fall_outside_the_interval():
-    rng = np.random.default_rng(0)
-    misses = 0
-    for _ in range(2000):
-        *seen, new = rng.normal(size=6)
-        mean, half = prediction_interval(seen)
-        misses += abs(new - mean) > half
-    assert misses / 2000 == pytest.approx(0.05, abs=0.015)
 
 
 @pytest.mark.parametrize(
