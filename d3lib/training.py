@@ -1,6 +1,7 @@
 """The training loop: one readable loop for regression losses and the adversarial one alike.
 
-It knows networks, losses and batches; what to train on which data is decided by its caller.
+It knows networks, losses and batches; what to train on which data is decided by its caller. Where torchrun started
+several processes, the same loop runs in each of them on its slice of every batch (see `d3lib.distributed`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d3lib import distributed
 from d3lib.artefacts import atomic_path
 from d3lib.errors import UserError
 from d3lib.losses import discriminator_input, discriminator_loss, generator_loss
@@ -73,6 +75,7 @@ class Adversary:
         self, discriminator: PatchDiscriminator, variant: str, max_depth: float, adam: Mapping[str, Any]
     ) -> None:
         self.net = discriminator
+        self.model = distributed.wrap(discriminator)
         self.variant = variant
         self.max_depth = max_depth
         self.optimiser = torch.optim.Adam(discriminator.parameters(), **adam)
@@ -81,7 +84,9 @@ class Adversary:
         """One step of D on real and fake depth (B, 1, H, W); returns mean D(real) and D(fake)."""
         self.net.requires_grad_(True)
         with cast():
-            real, fake = self._judge(batch["depth"], batch), self._judge(pred.detach(), batch)
+            # in one pass: several processes average gradients once a pass
+            seen = torch.cat([self._seen(batch["depth"], batch), self._seen(pred.detach(), batch)])
+            real, fake = self.model(seen).chunk(2)
             loss = discriminator_loss(real, fake)
         self.optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -91,11 +96,11 @@ class Adversary:
     def penalty(self, pred: Tensor, batch: Batch) -> Tensor:
         """What the depth network pays while D still tells its maps from true ones: a scalar with gradient to `pred`."""
         self.net.requires_grad_(False)  # this pass is for the depth network; D's own gradients are not wanted
-        return generator_loss(self._judge(pred, batch), variant=self.variant)
+        return generator_loss(self.net(self._seen(pred, batch)), variant=self.variant)
 
-    def _judge(self, depth: Tensor, batch: Batch) -> Tensor:
-        """D(image, depth): one logit per patch."""
-        return self.net(discriminator_input(depth, batch["rgb"], batch["valid"], self.max_depth))
+    def _seen(self, depth: Tensor, batch: Batch) -> Tensor:
+        """What D judges of a true or predicted depth: (B, 4, H, W)."""
+        return discriminator_input(depth, batch["rgb"], batch["valid"], self.max_depth)
 
 
 @dataclass
@@ -140,11 +145,16 @@ def fit(
 ) -> Trace:
     """Train `net` in place for `steps` optimiser steps, and return the trace.
 
+    In several processes each gives its slice of every batch. `pixel_loss` sees the whole batch, so that l1, eigen or
+    berhu are those of one process; only batch normalisation counts each slice alone. Parameters stay equal in all
+    of them. Process 0 evaluates, reports and saves while the others wait; their traces lack what `evaluate` gives.
+
     Args:
         net: RGB float (B, 3, H, W) in [0, 1] → metres (B, 1, H, W).
         pixel_loss: (pred, target, mask) → scalar; with an `adversary` it is the L1 term.
         batches: start step → endless iterator of batches (rgb, depth, valid) on `device`; it must be a pure
-            function of the step, so that a resumed run sees what an uninterrupted one would have seen.
+            function of the step, so that a resumed run sees what an uninterrupted one would have seen. In
+            several processes: this one's slices, all of the same size.
         adversary: the discriminator, for `gan`: loss = adversarial term + `lam` · pixel loss.
         adversarial_from: with an `adversary`, train so many steps with `lam` · pixel loss alone, then start D and
             add its term: the two phases of Jung et al. (2017). 0 is the paper's single phase.
@@ -164,6 +174,8 @@ def fit(
     trace, start = Trace(), 0
     if checkpoint is not None and checkpoint.exists():
         start = _load_checkpoint(checkpoint, identity, net, optimiser, opponent, scaler, trace)
+    model = distributed.wrap(net)
+    leading = distributed.rank() == 0
     points = min(evaluations, steps)
     milestones = {round(steps * (i + 1) / points) for i in range(points)}
     source = batches(start)
@@ -178,12 +190,12 @@ def fit(
     for step in range(start + 1, steps + 1):
         batch = next(source)
         with cast():
-            pred = net(batch["rgb"])  # (B, 1, H, W), metres
+            pred = model(batch["rgb"])  # (B, 1, H, W), metres
         contested = opponent is not None and step > adversarial_from
         if contested:
             logs |= opponent.learn(pred, batch, cast, scaler)
         with cast():
-            loss = pixel_loss(pred, batch["depth"], batch["valid"])
+            loss = pixel_loss(*map(distributed.gather, (pred, batch["depth"], batch["valid"])))
             if opponent is not None:
                 loss = lam * loss
             if contested:
@@ -192,10 +204,10 @@ def fit(
         scaler.scale(loss).backward()
         scaler.step(optimiser)
         scaler.update()
-        logs["loss"] = loss.detach()
+        logs = distributed.average(logs | {"loss": loss.detach()})
 
         milestone = step in milestones
-        due = checkpoint is not None and time.perf_counter() - saved > checkpoint_seconds
+        due = leading and checkpoint is not None and time.perf_counter() - saved > checkpoint_seconds
         if not (milestone or due or step % 50 == 0):
             continue
         shown = {name: float(value) for name, value in logs.items()}  # waits for the GPU, so not at every step
@@ -203,14 +215,15 @@ def fit(
             raise DivergedError(f"training diverged: loss is {shown['loss']} at step {step}; lower learning_rate")
         spent += time.perf_counter() - clock
         trace.seconds += time.perf_counter() - clock
-        if progress is not None:
+        if progress is not None and leading:
             text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
             progress(f"step {step}/{steps}  {text}  {(step - start) / spent:.1f} steps/s")
         if milestone:
-            scores = {} if evaluate is None else evaluate(net)
+            scores = evaluate(net) if evaluate is not None and leading else {}
             net.train()
-            trace.add({"step": step, "images": step * len(batch["rgb"]), **shown, **scores}, net)
-        if checkpoint is not None and (due or milestone):
+            images = step * len(batch["rgb"]) * distributed.world()
+            trace.add({"step": step, "images": images, **shown, **scores}, net)
+        if checkpoint is not None and leading and (due or milestone):
             _save_checkpoint(checkpoint, identity, step, net, optimiser, opponent, scaler, trace)
             saved = time.perf_counter()
         clock = time.perf_counter()

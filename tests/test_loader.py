@@ -270,6 +270,23 @@ def test_to_float_is_a_division_by_255():
     assert np.array_equal(to_float(values).numpy(), (np.arange(256) / 255).astype(np.float32))
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_slices_of_several_processes_make_up_the_batch_of_one(store, world):
+    arguments = {"frames": 7, "batch_size": 6, "seed": 5, "start_step": 2}
+    whole = take(train_batches(store, **arguments), 5)
+    slices = [take(train_batches(store, **arguments, rank=rank, world=world), 5) for rank in range(world)]
+    assert all(len(batch["rgb"]) == 6 // world for batches in slices for batch in batches)
+    joined = [
+        {key: torch.cat([part[key] for part in parts]) for key in parts[0]} for parts in zip(*slices, strict=True)
+    ]
+    assert same(joined, whole)
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused(store):
+    with pytest.raises(UserError, match="batch of 8 cannot be shared equally by 3"):
+        next(train_batches(store, frames=None, batch_size=8, seed=0, rank=0, world=3))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_on_a_gpu_are_those_on_the_cpu(store):
     for workers in (0, 1):

@@ -33,20 +33,27 @@ def train_batches(
     start_step: int = 0,
     flip: bool = True,
     workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
     """Endless shuffled batches on `device`: rgb float32 (B, 3, H, W) in [0, 1]; depth, valid and maybe exact
     (B, 1, H, W).
 
     `frames`: which frames of `dataset`: the first n, these, or all (None). `size` (H, W): see
     `resize_sample`. `flip`: mirror each sample left-right with probability 1/2, the only augmentation in the
-    paper. `start_step`: the step to resume at. `workers`: processes that read ahead. Raises `UserError` if
-    `frames` asks for what is not there.
+    paper. `start_step`: the step to resume at. `workers`: processes that read ahead. `rank`, `world`: of the batch that
+    one process would train on, give the slice of process `rank` of `world`, frames and flips alike: `batch_size` is
+    the whole batch's. Raises `UserError` if `frames` asks for what is not there, or `world` does not divide
+    `batch_size`.
     """
+    if batch_size % world:
+        raise UserError(f"a batch of {batch_size} cannot be shared equally by {world} processes; choose a multiple")
+    share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     chosen = choose_frames(len(dataset), frames)
-    steps = batch_indices(chosen, batch_size, seed, start_step)
+    steps = (step[share] for step in batch_indices(chosen, batch_size, seed, start_step))
     for step, batch in enumerate(_fetch(dataset, steps, workers, device), start_step):
         if flip:
-            mirrored = np.flatnonzero(_random(seed, _FLIP, step, batch_size) >> np.uint64(63))
+            mirrored = np.flatnonzero(_random(seed, _FLIP, step, batch_size)[share] >> np.uint64(63))
             for images in batch.values():
                 for row in mirrored.tolist():  # in place: many times faster than a masked copy of the batch
                     images[row] = images[row].flip(-1)
