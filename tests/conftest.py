@@ -6,6 +6,14 @@ from pathlib import Path
 import pytest
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out the drill on SLURM, which installs packages and starts daemons, unless it is asked for by name."""
+    drills = [item for item in items if item.get_closest_marker("slurm")]
+    if drills and "slurm" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=drills)
+        items[:] = [item for item in items if item not in drills]
+
+
 @pytest.fixture(scope="session")
 def absent():
     """Call with one line when what a test needs is not on this machine: skips, or fails where D3LIB_NO_SKIP=1."""

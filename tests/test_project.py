@@ -99,7 +99,7 @@ def normal(name: str) -> str:
 def requirements() -> list[Requirement]:
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *(line for name in ("batch", "book", "dev") for line in extras[name])]
+    lines = [*project["dependencies"], *(line for name in ("batch", "slurm", "book", "dev") for line in extras[name])]
     return [Requirement(line) for line in lines]
 
 
