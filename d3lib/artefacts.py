@@ -33,6 +33,12 @@ def runs_folder() -> Path:
     return (PROJECT if (PROJECT / "pyproject.toml").is_file() else Path.cwd()) / "runs"
 
 
+def data_folder() -> Path:
+    """Where prepared data lie: `D3LIB_DATA` if set (a batch sets it for its notebooks), else `data` among the runs."""
+    named = os.environ.get("D3LIB_DATA")
+    return Path(named) if named else runs_folder() / "data"
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that becomes `path` if the block succeeds, and vanishes if it does not.

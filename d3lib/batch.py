@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from d3lib.artefacts import PROJECT, atomic_path, atomic_write, locked
+from d3lib.costs import plan_text
 from d3lib.errors import UserError
-from d3lib.experiments import all_runs
+from d3lib.experiments import Run, all_runs
 from d3lib.records import State
+from d3lib.results import source_of
+from d3lib.training import pick_device
 
 SNAKEFILE = Path(__file__).resolve().parent / "workflow" / "Snakefile"
 NOISE = (  # lines that say nothing about the work; all else, errors above all, is passed on
@@ -119,37 +124,115 @@ def reproduce(
     budget: str,
     *,
     out: Path,
+    data_root: Path | None = None,
     only: str | None = None,
     cores: int | None = None,
     dry_run: bool = False,
+    prepare: bool = False,
     profile: Path | None = None,
 ) -> int:
     """Bring every run and figure of a budget up to date with Snakemake; only what changed is done again.
 
+    Args:
+        data_root: where prepared data lie or will lie; default `out/data`. A budget for NYU Depth V2 takes rooms where
+            NYU is not prepared there.
+        dry_run: print the plan and what it costs, and do nothing.
+        prepare: fetch ImageNet weights and make the data alone, so that machines without internet can do the rest.
+
     Returns 0 if all of it is done, 1 if something failed (the rest is done all the same).
     Raises `UserError` for an unknown budget or item, outside a clone, or while another batch works in `out`.
     """
-    runs = all_runs(budget, only)
+    plan = make_plan(budget, out, data_root, only)
+    runs = all_runs(budget, only, plan["data"])
     if not (PROJECT / "book").is_dir():
         raise UserError(f"{PROJECT / 'book'}: the notebooks are not there; run from a clone of the repository")
     place = out.resolve() / budget
-    plan = place / "plan.json"
     if place.exists() and not place.is_dir():
         raise UserError(f"{place}: is a file; name a folder with --out")
     with locked(place / ".batch.lock", wait=False):
-        with atomic_write(plan) as file:
-            places = {
-                "out": str(place),
-                "data_root": str(out.resolve() / "data"),
-                "book": str(PROJECT / "book"),
-            }
-            json.dump({"budget": budget, "only": only, **places}, file)
-        for key in runs:  # made by `d3lib train` with older code: the engine knows nothing of them
-            path = place / key / "record.json"
-            if path.is_file() and not dry_run and State(path.parent).read()[0] != "done":
-                path.unlink()
-        print(f"{len(runs)} runs at budget {budget}; results in {place}", flush=True)
-        return _run_engine(SNAKEFILE, place, plan, out, cores, profile, dry_run)
+        with atomic_write(place / "plan.json") as file:
+            json.dump(plan | {"out": str(place), "book": str(PROJECT / "book")}, file)
+        print(f"{len(runs)} runs at budget {budget} on {plan['data']}; results in {place}", flush=True)
+        if prepare:
+            fetch_encoders(runs.values())
+            return _run_engine(SNAKEFILE, place, place / "plan.json", out, cores, profile, dry_run, "data")
+        states = {key: State(place / key).read()[0] for key in runs}
+        for key, state in states.items():  # made by `d3lib train` with older code: the engine knows nothing of them
+            if state != "done" and not dry_run:
+                (place / key / "record.json").unlink(missing_ok=True)
+        print(plan_text(budget, [run for key, run in runs.items() if states[key] != "done"], out), flush=True)
+        failed = _run_engine(SNAKEFILE, place, place / "plan.json", out, cores, profile, dry_run, "runs")
+        return _run_engine(SNAKEFILE, place, place / "plan.json", out, cores, profile, dry_run, "figures") or failed
+
+
+def work_through(
+    budget: str,
+    *,
+    out: Path,
+    data_root: Path | None = None,
+    only: str | None = None,
+    minutes: float = math.inf,
+    jobs: int | None = None,
+    device: str = "auto",
+) -> int:
+    """Do a budget's runs without the engine, in the manifest's order, `jobs` at a time, and stop in time.
+
+    For a bare machine: it needs what `d3lib train` needs. Runs that are done are left alone; one that is cut off by
+    the clock goes on from its checkpoint when this is called again.
+
+    Returns 0 if everything that was started ended well, else 1.
+    """
+    plan = make_plan(budget, out, data_root, only)
+    place, deadline = out.resolve() / budget, time.monotonic() + minutes * 60
+    with locked(place / ".batch.lock", wait=False):
+        with atomic_write(place / "plan.json") as file:
+            json.dump(plan | {"out": str(place)}, file)
+        waiting = [key for key in all_runs(budget, only, plan["data"]) if State(place / key).read()[0] != "done"]
+        count = jobs or (1 if pick_device(device).startswith("cuda") else os.cpu_count() or 1)
+        command = [sys.executable, "-m", "d3lib", "train", "--out", str(out), "--data-root", plan["data_root"]]
+        threads = str(max(1, (os.cpu_count() or 1) // count))
+        environment = {"OMP_NUM_THREADS": threads} | os.environ
+        working: dict[str, subprocess.Popen[bytes]] = {}
+        failed = 0
+        print(f"{len(waiting)} runs to do at budget {budget} on {plan['data']}, {count} at a time", flush=True)
+        try:
+            while working or (waiting and time.monotonic() < deadline):
+                while waiting and len(working) < count and time.monotonic() < deadline:
+                    key = waiting.pop(0)
+                    arguments = [*command, "--run", key, "--device", device]
+                    with (place / f"{key}.log").open("wb") as log:
+                        working[key] = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.2)
+                for key, process in list(working.items()):
+                    if (code := process.poll()) is not None:
+                        del working[key]
+                        failed += code != 0
+                        state, error = State(place / key).read()
+                        print(f"{state:<12} {key}{'  ' + error if error else ''}", flush=True)
+        finally:
+            for process in working.values():
+                process.terminate()  # it saves a checkpoint first
+            for key, process in working.items():
+                process.wait()
+                print(f"{State(place / key).read()[0]:<12} {key}", flush=True)
+        return int(failed > 0)
+
+
+def make_plan(budget: str, out: Path, data_root: Path | None = None, only: str | None = None) -> dict[str, Any]:
+    """What a batch works on: {budget, only, data_root, data}; see `results.source_of`."""
+    root = (data_root or out / "data").resolve()
+    return {"budget": budget, "only": only, "data_root": str(root), "data": source_of(budget, root)}
+
+
+def fetch_encoders(runs: Iterable[Run]) -> None:
+    """Download the ImageNet weights that the runs start from, where they are not there yet. Raises `UserError`."""
+    for encoder in sorted({run.encoder for run in runs if run.pretrained}):
+        from d3lib.models import D3Net
+
+        D3Net(encoder, pretrained=True)
+        print(f"ImageNet weights of {encoder}: there", flush=True)
 
 
 def process_archives(archives: Sequence[Path], recipe: Any, size: tuple[int, int], out: Path, profile: Path) -> int:
@@ -184,12 +267,16 @@ def _run_engine(
     cores: int | None,
     profile: Path | None,
     dry_run: bool = False,
+    target: str | None = None,
 ) -> int:
     """Run Snakemake in `place`, whose lock the caller holds, and pass its lines on; returns 0, or 1 if a job failed."""
     quiet = ["--quiet", "rules", "host", "progress", "reason"]
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(place)]
+    command = [sys.executable, "-m", "snakemake", *([target] if target else [])]  # first: options would swallow it
+    command += ["--snakefile", str(snakefile), "--directory", str(place)]
     command += ["--configfile", str(config), "--cores", str(cores or os.cpu_count() or 1)]
     environment = os.environ | {"D3LIB_RUNS": str(out.resolve())}
+    if root := json.loads(config.read_text(encoding="utf-8")).get("data_root"):
+        environment["D3LIB_DATA"] = root
     if any((place / ".snakemake" / "locks").glob("*")):  # a killed batch; ours is the only one now
         subprocess.run([*command, "--unlock", *quiet], env=environment, check=False)
     command += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", *quiet]

@@ -15,7 +15,7 @@ from typing import NoReturn
 from d3lib import __version__
 from d3lib.artefacts import runs_folder
 from d3lib.errors import UserError
-from d3lib.experiments import BUDGETS, Run, make_run
+from d3lib.experiments import BUDGETS, Run, find_run, make_run, plain_kind
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,6 +83,8 @@ def build_parser() -> Parser:
     verify.add_argument("store", type=Path, help="the store's folder")
 
     train = _command(commands, "train", _train, "do one run: train, evaluate, write its record")
+    train.add_argument("--run", metavar="KEY", help="a run of a budget's manifest, instead of flags for its fields")
+    train.add_argument("--data-root", type=Path, metavar="DIR", help="prepared data (default: OUT/data)")
     _add_run_flags(train)
     _add_places(train)
 
@@ -101,12 +103,19 @@ def build_parser() -> Parser:
     reproduce = _command(commands, "reproduce", _reproduce, "do all runs of a budget and draw its figures")
     _add_batch_flags(reproduce)
     reproduce.add_argument("--cores", type=int, help="local cores to use (default: all)")
-    reproduce.add_argument("--dry-run", action="store_true", help="print what would be done, and run nothing")
+    reproduce.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and run nothing")
+    reproduce.add_argument("--prepare", action="store_true", help="only fetch weights and make the data")
+    reproduce.add_argument("--data", type=Path, metavar="DIR", help="where prepared data lie (default: OUT/data)")
     reproduce.add_argument("--profile", type=Path, help="a Snakemake profile folder (a cluster, for example)")
-    _add_out(reproduce)
+    bare = reproduce.add_argument_group("without the engine, on a bare machine: no notebooks, no figures")
+    bare.add_argument("--no-engine", action="store_true", help="work through the runs in the order of the manifest")
+    bare.add_argument("--minutes", type=float, default=math.inf, help="stop in time; the same command goes on later")
+    bare.add_argument("--jobs", type=int, help="runs at a time (default: one on a GPU, else one per core)")
+    _add_places(reproduce)
 
-    status = _command(commands, "status", _status, "every run of a budget: done, failed, running or not run")
+    status = _command(commands, "status", _status, "a budget's figures and tables: runs done, running, failed, not run")
     _add_batch_flags(status)
+    status.add_argument("--all", action="store_true", help="a line for each run")
     status.add_argument("--table", action="store_true", help="also print our numbers beside the paper's")
     _add_out(status)
 
@@ -140,10 +149,11 @@ def _add_run_flags(parser: Parser) -> None:
     for field in dataclasses.fields(Run):
         flag = f"--{field.name.replace('_', '-')}"
         text = field.metadata["help"].replace("%", "%%")
-        if kinds[field.name] is bool:
+        kind = plain_kind(kinds[field.name])
+        if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            group.add_argument(flag, type=kinds[field.name], metavar=field.name.upper(), help=text)
+            group.add_argument(flag, type=kind, metavar=field.name.upper(), help=text)
 
 
 def _add_batch_flags(parser: Parser) -> None:
@@ -257,8 +267,14 @@ def _train(options: argparse.Namespace) -> None:
     from d3lib.training import progress_line
 
     run = _run_of(options)
+    if options.run:
+        given = [f.name for f in dataclasses.fields(Run) if getattr(options, f.name) is not None]
+        if given:
+            raise UserError(f"--run names every field of a run; leave --{given[0].replace('_', '-')} out")
+        run = find_run(options.run)
     out = options.out / run.budget
-    record = execute(run, out, options.out / "data", device=options.device, progress=progress_line())
+    data = options.data_root or options.out / "data"
+    record = execute(run, out, data, device=options.device, progress=progress_line())
     print(f"\n{model_card(record)}\nrecord: {out / run.key / 'record.json'}")
 
 
@@ -286,22 +302,26 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from d3lib.batch import reproduce
+    from d3lib.batch import reproduce, work_through
 
-    return reproduce(
-        options.budget,
-        out=options.out,
-        only=options.only,
-        cores=options.cores,
-        dry_run=options.dry_run,
-        profile=options.profile,
-    )
+    places = {"out": options.out, "data_root": options.data, "only": options.only}
+    if options.no_engine:
+        if options.profile or options.prepare or options.dry_run or options.cores:
+            raise UserError("--no-engine knows no --profile, --prepare, --dry-run or --cores; leave them out")
+        if options.minutes <= 0 or (options.jobs is not None and options.jobs < 1):
+            raise UserError("--minutes and --jobs must be positive")
+        limits = {"minutes": options.minutes, "jobs": options.jobs, "device": options.device}
+        return work_through(options.budget, **places, **limits)
+    if options.jobs or options.minutes != math.inf or options.device != "auto":
+        raise UserError("--jobs, --minutes and --device go with --no-engine; the engine takes --cores or --profile")
+    engine = {"cores": options.cores, "dry_run": options.dry_run, "prepare": options.prepare}
+    return reproduce(options.budget, **places, **engine, profile=options.profile)
 
 
 def _status(options: argparse.Namespace) -> None:
     from d3lib.results import comparison_text, status_text
 
-    print(status_text(options.budget, options.out, options.only))
+    print(status_text(options.budget, options.out, options.only, options.all))
     if options.table:
         print(comparison_text(options.budget, options.out))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,12 +32,12 @@ from d3lib.artefacts import (
 )
 from d3lib.data import nyu
 from d3lib.data.loader import eval_batches, resize_sample, train_batches
-from d3lib.data.prepare import FolderStore, RoomsStore, open_nyu
+from d3lib.data.prepare import FilledRooms, FolderStore, RoomsStore, open_nyu
 from d3lib.data.shards import Store
 from d3lib.errors import UserError
-from d3lib.evaluation import as_predictor, evaluate
+from d3lib.evaluation import Closely, as_predictor, evaluate
 from d3lib.experiments import BUDGETS, Run
-from d3lib.losses import build_loss
+from d3lib.losses import L1_WEIGHT, build_loss
 from d3lib.metrics import Protocol
 from d3lib.models import D3Net, PatchDiscriminator
 from d3lib.records import RECORD, RECORD_VERSION, State, model_card, read_record
@@ -44,7 +45,8 @@ from d3lib.training import fit, pick_device, pick_precision
 
 EVAL_BATCH = 16  # images predicted at once
 CURVE_FRAMES = 64  # frames of a set that a point of the learning curve is computed on
-PREDICTIONS = 4  # test pictures kept with a run
+PREDICTIONS = 4  # test pictures kept with a run, the same ones for every run
+WORST = 2  # and those with the largest error
 Progress = Callable[[str], None]
 
 atexit.register(gc.freeze)  # or at its end Python searches torch's million objects for cycles, for a second
@@ -57,6 +59,7 @@ class Sources:
     sets: Mapping[str, Dataset]  # train, val, test; rooms: unseen; NYU: test_raw and both at full size, test..._full
     frames: Mapping[str, Sequence[int]]  # which frames of each set
     target: str  # "exact" where the true depth is known, else "depth"
+    scenes: Sequence[str]  # of each test frame
     digest: str
     description: str
 
@@ -76,7 +79,22 @@ class Sources:
         return (batch | resize_sample({"rgb": batch["rgb"]}, size) for batch in batches) if full else batches
 
 
-def stores_of(run: Run, data_root: Path) -> dict[str, RoomsStore]:
+class ExactTarget(Dataset):
+    """A training set of rooms whose depth is the exact one, at every pixel."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The samples at `indices` as one batch."""
+        batch = self.store.__getitems__(indices)
+        return batch | {"depth": batch["exact"], "valid": torch.ones_like(batch["valid"])}
+
+
+def stores_of(run: Run, data_root: Path) -> dict[str, RoomsStore | FilledRooms]:
     """The prepared sets of rooms that a run reads, by name; empty for other data."""
     if run.data != "rooms":
         return {}
@@ -87,15 +105,30 @@ def stores_of(run: Run, data_root: Path) -> dict[str, RoomsStore]:
         "test": (budget.test_scenes, budget.test_views),
         "unseen": (budget.test_scenes, budget.test_views),
     }
-    return {
+    stores: dict[str, RoomsStore | FilledRooms] = {
         split: RoomsStore(data_root, split, scenes, views, run.height, run.width)
         for split, (scenes, views) in counts.items()
     }
+    if run.target == "filled":
+        stores["train"] = FilledRooms(stores["train"], max(frames_of(run)) + 1)
+    return stores
 
 
-def frames_of(run: Run) -> int | None:
-    """How many frames of rooms a run trains on; `None` where the data themselves say it."""
-    return BUDGETS[run.budget].frames(run.train_set) if run.data == "rooms" else None
+def frames_of(run: Run) -> Sequence[int]:
+    """Which frames of the prepared set of rooms a run trains on; empty for other data.
+
+    A store is in view-major order: its first frames are one view of each scene, then come the second views.
+    """
+    if run.data != "rooms":
+        return range(0)
+    budget = BUDGETS[run.budget]
+    count, scenes = budget.frames(run.train_set), run.scenes or budget.train_scenes
+    views = -(-count // scenes)
+    if views > max(budget.views.values()):
+        raise UserError(f"budget {run.budget} has no {count} frames of {scenes} scenes; ask for more scenes")
+    if scenes == budget.train_scenes:
+        return range(count)
+    return [view * budget.train_scenes + scene for view in range(views) for scene in range(scenes)][:count]
 
 
 def open_sources(run: Run, data_root: Path, progress: Progress | None = None) -> Sources:
@@ -104,9 +137,14 @@ def open_sources(run: Run, data_root: Path, progress: Progress | None = None) ->
         budget = BUDGETS[run.budget]
         stores = {name: store.open(progress) for name, store in stores_of(run, data_root).items()}
         frames = {name: range(len(store)) for name, store in stores.items()}
-        frames["train"] = range(frames_of(run) or 0)
-        text = f"synthetic rooms, {len(frames['train'])} frames of {budget.train_scenes} scenes"
-        return Sources(stores, frames, "exact", _digest_of(stores, frames), text)
+        frames["train"] = frames_of(run)
+        digest = _digest_of(stores, frames)
+        text = f"synthetic rooms, {len(frames['train'])} frames of {run.scenes or budget.train_scenes} scenes"
+        if run.target != "sensor":
+            text += f" with {run.target} depth"
+        scenes = [name.rpartition("-")[0] for name in stores["test"].names]
+        sets = stores | ({"train": ExactTarget(stores["train"])} if run.target == "exact" else {})
+        return Sources(sets, frames, "exact", scenes, digest, text)
     if run.data == "nyu":
         return _nyu_sources(run, data_root)
     return _folder_sources(run, data_root, progress)
@@ -135,7 +173,8 @@ def _folder_sources(run: Run, data_root: Path, progress: Progress | None) -> Sou
     }
     text = f"{fitted} RGB-D pairs of the folder {pictures.name}"
     sets = {"train": pairs, "val": pairs, "test": test}
-    return Sources(sets, frames, "depth", _digest_of(sets, frames), text)
+    scenes = [test.names[index] for index in frames["test"]]  # nobody says which pictures are of one scene
+    return Sources(sets, frames, "depth", scenes, _digest_of(sets, frames), text)
 
 
 def _nyu_sources(run: Run, data_root: Path) -> Sources:
@@ -159,7 +198,8 @@ def _nyu_sources(run: Run, data_root: Path) -> Sources:
     if not frames["train"] or not frames["val"]:
         raise UserError(f"{train.path}: no frames outside, or none inside the validation scenes; prepare NYU anew")
     text = f"NYU Depth V2 {run.train_set}, {len(frames['train'])} frames ({len(train)} less those of validation scenes)"
-    return Sources(sets, frames, "depth", _digest_of(sets, frames), text)
+    scenes = [nyu.scene_of(name) for name in sets["test"].names]
+    return Sources(sets, frames, "depth", scenes, _digest_of(sets, frames), text)
 
 
 def _digest_of(stores: Mapping[str, Store], frames: Mapping[str, Sequence[int]]) -> str:
@@ -218,10 +258,16 @@ def _train_and_score(
     net = net.to(device, memory_format=torch.channels_last)
     adversary = PatchDiscriminator(ndf=run.ndf, seed=run.seed).to(device) if run.loss == "gan" else None
 
+    closely = Closely()  # at the newest predictions of the whole test set
+
     def scores(name: str, network: nn.Module, limit: int | None = None) -> dict[str, Any]:
+        nonlocal closely
         targets = ("exact", "depth") if sources.target == "exact" else ("depth",)
         batches = sources.batches(name, run, device, limit)
-        return evaluate(as_predictor(network, device, precision), batches, Protocol(max_depth=run.max_depth), targets)
+        whole = name == "test" and len(sources.frames[name]) <= (limit or math.inf)
+        closely = Closely() if whole else closely
+        predict, protocol = as_predictor(network, device, precision), Protocol(max_depth=run.max_depth)
+        return evaluate(predict, batches, protocol, targets, closely if whole else None)
 
     newest: dict[str, dict[str, Any]] = {}  # whole sets as scored at the newest point: in the end, the last weights
 
@@ -253,13 +299,14 @@ def _train_and_score(
         old.unlink()  # of other code or other data: nothing can continue from it
     trace = fit(
         net,
-        build_loss("l1" if run.loss == "gan" else run.loss, "paper" if run.loss == "gan" else run.variant),
+        _pixel_loss(run),
         batches,
         steps=run.steps,
         learning_rate=run.learning_rate,
         betas=(run.beta1, run.beta2),
         adversary=adversary,
-        lam=run.lam,
+        lam=L1_WEIGHT if run.lam is None else run.lam,
+        adversarial_from=round(run.steps * run.adversarial_from),
         variant=run.variant,
         device=device,
         precision=precision,
@@ -281,6 +328,8 @@ def _train_and_score(
         "key": run.key,
         "run": dataclasses.asdict(run),
         "metrics": {"chosen": chosen, "last": last},
+        "details": closely.details.compute(),
+        "by_scene": closely.by_scene(sources.scenes),
         "chosen_step": trace.best_step,
         "curve": trace.curve,
         "data": {
@@ -299,16 +348,25 @@ def _train_and_score(
             "peak_memory_bytes": provenance.peak_memory(device),
         },
     }
-    _write_predictions(folder, net, run, sources, device, precision)
+    _write_predictions(folder, net, run, sources, closely.worst(WORST), device, precision)
     _write_weights(folder, trace.best_weights, record)
     write_json(folder / "record.json", record, format=RECORD, version=RECORD_VERSION)
     checkpoint.unlink(missing_ok=True)
     return record
 
 
+def _pixel_loss(run: Run) -> Callable[..., Tensor]:
+    """The run's regression loss; for gan, its L1 term."""
+    if run.loss == "gan":
+        return build_loss("l1")
+    options = ({} if run.lam is None else {"lam": run.lam}) | ({"pooled": True} if run.pooled else {})
+    return build_loss(run.loss, run.variant, **options)
+
+
 def build_network(run: Run) -> D3Net:
     """The run's network with its initial weights: by seed alone, or from `run.init`."""
-    net = D3Net(run.encoder, pretrained=run.pretrained, max_depth=run.max_depth, seed=run.seed)
+    shape = {name: getattr(run, name) for name in ("skips", "pooling", "output")}
+    net = D3Net(run.encoder, pretrained=run.pretrained, max_depth=run.max_depth, seed=run.seed, **shape)
     if run.init:
         weights, _ = load_weights(run.init)
         try:
@@ -318,10 +376,16 @@ def build_network(run: Run) -> D3Net:
     return net
 
 
-def _write_predictions(folder: Path, net: nn.Module, run: Run, sources: Sources, device: str, precision: str) -> None:
-    """Keep a few test pictures with what the network made of them, spread over the test set (float16 metres)."""
-    batch = next(iter(sources.batches("test", run, device, limit=PREDICTIONS)))
+def _write_predictions(
+    folder: Path, net: nn.Module, run: Run, sources: Sources, worst: Sequence[int], device: str, precision: str
+) -> None:
+    """Keep a few test pictures with what the network made of them (float16 metres): the first, then the worst."""
+    index = [*range(min(PREDICTIONS, len(sources.frames["test"]))), *worst]
+    frames = dict(sources.frames) | {"test": [sources.frames["test"][row] for row in index]}
+    batch = next(iter(dataclasses.replace(sources, frames=frames).batches("test", run, device)))
     pred = as_predictor(net, device, precision)(batch["rgb"])
+    size = pred.shape[-2:]  # of NYU's test set the depth is kept at network size, like the rest
+    batch = resize_sample(batch, (int(size[0]), int(size[1])))
     with atomic_write(folder / "predictions.npz", "wb") as file:
         np.savez_compressed(
             file,
@@ -329,6 +393,8 @@ def _write_predictions(folder: Path, net: nn.Module, run: Run, sources: Sources,
             depth=batch[sources.target].half().cpu().numpy(),
             valid=batch["valid"].cpu().numpy(),
             pred=pred.half().cpu().numpy(),
+            index=np.array(index),
+            worst=np.arange(len(index)) >= len(index) - len(worst),
         )
 
 
@@ -336,7 +402,7 @@ def _write_weights(folder: Path, weights: Mapping[str, Tensor], record: Mapping[
     """Write the chosen weights with all that `predict` must know of them, and their model card."""
     run, data = record["run"], record["data"]
     metadata = {
-        "encoder": run["encoder"],
+        **{name: str(run[name]) for name in ("encoder", "skips", "pooling", "output")},
         "max_depth": str(run["max_depth"]),
         "height": str(run["height"]),
         "width": str(run["width"]),

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,13 @@ from d3lib.errors import UserError
 
 LOSSES = ("l1", "l2", "eigen", "eigengrad", "berhu", "huber", "gan")
 VARIANTS = ("paper", "released")
-ENCODERS = ("densenet121", "resnet50", "tiny")
+ENCODERS = ("densenet121", "resnet50", "resnet50_narrow", "tiny")
 TRAIN_SETS = ("795", "12k", "230k")
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
+POOLINGS = ("conv", "max")
+OUTPUTS = ("linear", "log")
+TARGETS = ("sensor", "filled", "exact")
+WITH_LAMBDA = ("eigen", "eigengrad", "gan")
 
 
 def _doc(default: Any, meaning: str) -> Any:
@@ -32,10 +36,18 @@ class Run:
 
     loss: str = _doc("l1", "which of the seven losses trains the network")
     variant: str = _doc("paper", "the loss as the paper prints it, or as the authors' code computes it")
-    encoder: str = _doc("densenet121", "the front-end: densenet121, resnet50, or tiny (smoke budgets)")
+    pooled: bool = _doc(False, "eigen, eigengrad: form the sums over the batch instead of over each image")
+    lam: float | None = _doc(None, "the loss's λ: eigen 0.5, eigengrad 1, gan 20 per metre of L1; None: that")
+    adversarial_from: float = _doc(0.0, "gan: share of the steps that train with L1 alone, before D enters")
+    encoder: str = _doc("densenet121", "the front-end: densenet121, resnet50, resnet50_narrow, or tiny (small budgets)")
     pretrained: bool = _doc(False, "start the encoder from ImageNet weights")
+    skips: bool = _doc(True, "the decoder sees the encoder's features")
+    pooling: str = _doc("conv", "after the stem: conv, the paper's 4x4 convolution, or max, the encoder's own pooling")
+    output: str = _doc("linear", "what the last layer stands for: depth (linear) or its logarithm (log)")
     init: str = _doc("", "start the whole network from this weights file (safetensors); empty for none")
     train_set: str = _doc("12k", "795, 12k or 230k; on rooms: the nested set that stands for it")
+    scenes: int = _doc(0, "rooms: the same number of frames from so many scenes; 0: from all of the budget's")
+    target: str = _doc("sensor", "rooms: train on the sensor's depth where valid, on it filled, or on exact depth")
     data: str = _doc("rooms", "rooms, nyu, or folder:PATH")
     hold_out: int = _doc(0, "folder data: hold the last so many pairs (by time) out as the test set")
     budget: str = _doc("smoke", "the row of the budget table that the other numbers come from")
@@ -48,9 +60,9 @@ class Run:
     learning_rate: float = _doc(2e-4, "Adam's, constant")
     beta1: float = _doc(0.5, "Adam's first-moment decay")
     beta2: float = _doc(0.999, "Adam's second-moment decay")
-    lam: float = _doc(20.0, "gan: weight of the L1 term, per metre")
     ndf: int = _doc(64, "gan: channels of the discriminator's first layer (smoke: a thin one)")
     precision: str = _doc("auto", "float32, bf16, fp16, or auto: the best the device has natively")
+    gpus: int = _doc(1, "processes that share each step's batch, one a GPU")
     evaluations: int = _doc(20, "points on the learning curve")
 
     def __post_init__(self) -> None:
@@ -64,6 +76,9 @@ class Run:
             "train_set": TRAIN_SETS,
             "budget": tuple(BUDGETS),
             "precision": PRECISIONS,
+            "pooling": POOLINGS,
+            "output": OUTPUTS,
+            "target": TARGETS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -73,7 +88,7 @@ class Run:
         for name in ("height", "width"):
             if not 32 <= getattr(self, name) <= 4096:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie between 32 and 4096 pixels")
-        for name in ("steps", "batch_size", "evaluations", "ndf", "learning_rate", "max_depth"):
+        for name in ("steps", "batch_size", "evaluations", "ndf", "learning_rate", "max_depth", "gpus"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("beta1", "beta2"):
@@ -83,9 +98,25 @@ class Run:
             raise UserError(f"seed is {self.seed}; it must be below 2**63")
         if self.batch_size * (self.height // 32) * (self.width // 32) < 2:
             raise UserError("batch_size 1 at 32x32 leaves batch normalisation one value a channel; raise either")
-        for name in ("seed", "hold_out", "lam"):
-            if getattr(self, name) < 0:
+        for name in ("seed", "hold_out", "lam", "scenes"):
+            if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse what would be ignored: a run must not claim a setting that had no effect."""
+        if not 0 <= self.adversarial_from < 1 or (self.adversarial_from and self.loss != "gan"):
+            raise UserError(f"adversarial_from is {self.adversarial_from}; it is a share in [0, 1) of gan's steps")
+        if self.lam is not None and (self.loss not in WITH_LAMBDA or (self.loss != "gan" and self.variant != "paper")):
+            raise UserError(f"loss {self.loss} ({self.variant}) has no lam; leave it out")
+        if self.pooled and (self.loss not in ("eigen", "eigengrad") or self.variant != "paper"):
+            raise UserError(f"loss {self.loss} ({self.variant}) has no pooled form; eigen and eigengrad have")
+        if self.data != "rooms" and (self.target != "sensor" or self.scenes):
+            raise UserError(f"data {self.data}: target and scenes are choices of rooms alone; leave them out")
+        if self.scenes > BUDGETS[self.budget].train_scenes:
+            raise UserError(f"scenes is {self.scenes}; budget {self.budget} has {BUDGETS[self.budget].train_scenes}")
+        if self.batch_size % self.gpus:
+            raise UserError(f"batch_size {self.batch_size} cannot be shared by {self.gpus} gpus; choose a multiple")
 
     @property
     def key(self) -> str:
@@ -104,8 +135,16 @@ class Run:
         return self.steps * self.batch_size
 
 
+def plain_kind(kind: Any) -> type:
+    """The type behind a field's annotation: `float` for `float | None`."""
+    return next(part for part in (typing.get_args(kind) or (kind,)) if part is not type(None))
+
+
 def _checked(name: str, value: Any, kind: Any) -> Any:
     """`value` if it is of the field's type (an int passes for a float), else a `UserError`."""
+    if value is None and type(None) in typing.get_args(kind):
+        return None
+    kind = plain_kind(kind)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
@@ -125,8 +164,9 @@ class Budget:
     width: int  # pixels
     pretrained: bool  # start the encoder from ImageNet weights
     ndf: int  # channels of the discriminator's first layer; the paper's is 64
-    steps: int  # optimiser steps of one run
-    encoder_steps: int  # optimiser steps of the runs that compare encoders
+    steps: int  # optimiser steps of one run of the main grid
+    encoder_steps: int  # of the runs that compare encoders
+    beyond_steps: int  # of the runs that go beyond the paper
     train_scenes: int  # rooms: how many of the 249 training scenes
     views: Mapping[str, int]  # rooms: frames per scene of each nested training set
     val_scenes: int  # rooms: how many of the 25 validation scenes
@@ -134,7 +174,9 @@ class Budget:
     test_views: int  # rooms: frames per validation, test and unseen scene
     evaluations: int  # points on a learning curve
     seeds: int  # paired seeds of the main grid
+    beyond_seeds: int  # of the runs that go beyond the paper
     purpose: str  # one line for people
+    more_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)  # losses of the main grid that get more
 
     def frames(self, train_set: str) -> int:
         """How many frames the named nested training set of rooms has."""
@@ -152,6 +194,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             ndf=8,
             steps=2,
             encoder_steps=1,
+            beyond_steps=1,
             train_scenes=4,
             views={"795": 1, "12k": 2, "230k": 3},
             val_scenes=2,
@@ -159,6 +202,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             test_views=1,
             evaluations=1,
             seeds=1,
+            beyond_seeds=1,
             purpose="CPU, a second a run: tests the machinery; the numbers mean nothing",
         ),
         "smoke": Budget(
@@ -170,6 +214,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             ndf=16,
             steps=128,
             encoder_steps=2,
+            beyond_steps=16,
             train_scenes=83,
             views={"795": 1, "12k": 4, "230k": 16},
             val_scenes=12,
@@ -177,7 +222,9 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             test_views=1,
             evaluations=4,
             seeds=1,
+            beyond_seeds=1,
             purpose="CPU, seconds a run: shows that everything works; ranks nothing",
+            more_seeds={"l1": 3, "gan": 3},
         ),
         "gate": Budget(
             data="rooms",
@@ -188,6 +235,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             ndf=16,
             steps=6000,
             encoder_steps=6000,
+            beyond_steps=6000,
             train_scenes=249,
             views={"795": 1, "12k": 15, "230k": 15},
             val_scenes=25,
@@ -195,6 +243,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             test_views=1,
             evaluations=12,
             seeds=1,
+            beyond_seeds=1,
             purpose="CPU, minutes a run: whether the rooms are fit for a study",
         ),
         "study": Budget(
@@ -206,6 +255,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             ndf=64,
             steps=12000,
             encoder_steps=12000,
+            beyond_steps=12000,
             train_scenes=249,
             views={"795": 1, "12k": 15, "230k": 290},
             val_scenes=25,
@@ -213,6 +263,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             test_views=2,
             evaluations=20,
             seeds=5,
+            beyond_seeds=3,
             purpose="one GPU, synthetic rooms: minutes a run that add up to the grid",
         ),
         "colab": Budget(
@@ -224,6 +275,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             ndf=64,
             steps=4000,
             encoder_steps=4000,
+            beyond_steps=4000,
             train_scenes=249,
             views={"795": 1, "12k": 15, "230k": 60},
             val_scenes=25,
@@ -231,6 +283,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             test_views=1,
             evaluations=10,
             seeds=1,
+            beyond_seeds=1,
             purpose="a free Colab GPU: under an hour a run",
         ),
         "paper": Budget(
@@ -242,6 +295,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             ndf=64,
             steps=350000,
             encoder_steps=350000,
+            beyond_steps=350000,
             train_scenes=249,
             views={"795": 3, "12k": 48, "230k": 924},
             val_scenes=25,
@@ -249,6 +303,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             test_views=3,
             evaluations=50,
             seeds=5,
+            beyond_seeds=3,
             purpose="NYU Depth V2 at 256x320, a cluster: the full reproduction",
         ),
     }
@@ -267,60 +322,145 @@ def make_run(budget: str, **fields: Any) -> Run:
     for name in fields:
         if name not in names:
             raise UserError(f"a run has no parameter {name!r}; it has {', '.join(names)}")
-    numbers = {
-        name: getattr(row, name) for name in ("encoder", "height", "width", "ndf", "steps", "evaluations", "data")
-    }
+    fields_of_row = ("encoder", "height", "width", "pretrained", "ndf", "steps", "evaluations", "data")
+    numbers = {name: getattr(row, name) for name in fields_of_row}
     given = {name: value for name, value in fields.items() if value is not None}
     return Run(**{**numbers, **given, "budget": budget})
 
 
-FIGURE_PAGES: Mapping[str, str] = types.MappingProxyType({"fig2": "experiments/results.md"})
-"""The notebook that draws each figure, below `book/`; each takes the parameter `budget`."""
+FIGURE_PAGES: Mapping[str, str] = types.MappingProxyType(
+    {
+        "fig2": "experiments/fig2.md",
+        "fig3": "experiments/fig3.md",
+        "fig4": "experiments/fig4.md",
+        "fig5": "experiments/fig5.md",
+        "table2": "experiments/table2.md",
+        "beyond": "experiments/beyond.md",
+        "claims": "experiments/claims.md",
+        "results": "experiments/results.md",
+    }
+)
+"""The notebooks that draw figures and tables from records, below `book/`; each takes the parameter `budget`."""
+OVERVIEWS = ("claims", "results")  # the pages that read every run
 
 
 @dataclass(frozen=True)
 class Item:
-    """A figure or table of the paper and the runs that stand behind it."""
+    """A figure or table of the paper, or a question beyond it, and the runs that stand behind it."""
 
-    name: str  # fig2, fig5, ...
-    title: str
+    name: str  # fig2, table2, rate, ...
+    question: str  # what it asks, in one line
     runs: tuple[Run, ...]
+    page: str  # the name of the page in `FIGURE_PAGES` that shows it
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the paper does not have it."""
+        return self.page == "beyond"
 
 
-def manifest(budget: str) -> dict[str, Item]:
-    """The runs behind each figure and table at the given budget; one run may serve several."""
-    row = BUDGETS[budget] if budget in BUDGETS else make_run(budget)
-    seeds = range(row.seeds)
-    grid = [
-        make_run(budget, loss=loss, train_set=size, seed=s) for s in seeds for size in TRAIN_SETS for loss in LOSSES
-    ]
-    return {
-        "fig2": Item("fig2", "RMSE and accuracy of seven losses on three training-set sizes", tuple(grid)),
-        "fig5": Item(
-            "fig5",
-            "Both encoders, a few steps" if row.encoder == "tiny" else "Seven losses with two encoders",
-            tuple(_encoder_runs(budget, row)),
-        ),
-    }
+def manifest(budget: str, data: str | None = None) -> dict[str, Item]:
+    """The runs behind each figure, table and question at the given budget; one run may serve several.
 
+    Args:
+        data: take the budget's runs on this data source instead of its own (rooms where NYU is absent).
 
-def _encoder_runs(budget: str, row: Budget) -> list[Run]:
-    """The runs that compare encoders; at a small budget one loss each, enough to show that both networks train."""
-    short = row.encoder == "tiny"
-    losses = ("l1",) if short else LOSSES
-    few = {"steps": row.encoder_steps, "evaluations": 1 if short else row.evaluations}
-    return [
-        make_run(budget, loss=loss, train_set="12k", encoder=encoder, seed=seed, **few)
+    The order is that of what they teach per hour of computing: the main grid, then Figure 5, then what the paper lacks.
+    """
+    row = BUDGETS[make_run(budget).budget]
+    points = row.evaluations if row.beyond_steps == row.steps else 2
+
+    def runs(losses: Iterable[str], sizes: Iterable[str] = ("12k",), **fields: Any) -> tuple[Run, ...]:
+        seeds = {loss: row.beyond_seeds for loss in losses}
+        steps = {"steps": row.beyond_steps, "evaluations": points} | fields
+        return tuple(
+            make_run(budget, loss=loss, train_set=size, seed=seed, data=data, **steps)
+            for seed in range(max(seeds.values()))
+            for size in sizes
+            for loss in losses
+        )
+
+    most = max(row.seeds, *row.more_seeds.values(), 0)
+    grid = tuple(
+        make_run(budget, loss=loss, train_set=size, seed=seed, data=data)
+        for seed in range(most)
+        for size in TRAIN_SETS
+        for loss in LOSSES
+        if seed < row.more_seeds.get(loss, row.seeds)
+    )
+    largest = [run for run in grid if run.train_set == "230k"]
+    few = {"steps": row.encoder_steps, "evaluations": 1 if row.encoder_steps < 50 else row.evaluations}
+    encoders = tuple(
+        make_run(budget, loss=loss, train_set="12k", encoder=encoder, seed=seed, data=data, **few)
         for seed in range(row.seeds)
         for encoder in ("densenet121", "resnet50")
-        for loss in losses
-    ]
+        for loss in LOSSES
+    )
+    equal_epochs = max(1, round(row.beyond_steps * row.views["795"] / row.views["12k"]))
+    real = data or row.data
+    items = [
+        Item("fig2", "How do error and accuracy change with the loss and the training-set size?", grid, "fig2"),
+        Item("fig3", "How fast does each loss converge on each training set?", grid, "fig3"),
+        Item("fig4", "What do the seven losses make of the same pictures?", tuple(largest), "fig4"),
+        Item("fig5", "Does the ranking of losses hold with another encoder?", encoders, "fig5"),
+        Item("table2", "Where does the best network stand among published ones?",
+             tuple(run for run in largest if run.loss == "gan"), "table2"),
+        Item("reference", "The runs that the following are compared with", runs(LOSSES), "beyond"),
+        Item("released", "Does the authors' code, as released, train another network than the paper's equations?",
+             runs(("eigen", "eigengrad", "huber", "gan"), variant="released"), "beyond"),
+        Item("pooled", "Does it matter that eigen is formed per image and not over the batch?",
+             runs(("eigen",), pooled=True), "beyond"),
+        Item("rate", "Does one learning rate for all losses favour one of them?",
+             (*runs(LOSSES, learning_rate=1e-4), *runs(LOSSES, learning_rate=4e-4)), "beyond"),
+        Item("lam_gan", "How much L1 does the adversarial loss need?",
+             tuple(run for lam in (0.0, 2.0, 200.0) for run in runs(("gan",), lam=lam)), "beyond"),
+        Item("lam_eigen", "How much scale invariance is good?",
+             tuple(run for lam in (0.0, 0.25, 1.0) for run in runs(("eigen",), lam=lam)), "beyond"),
+        Item("phases", "Is one phase enough, or should L1 come first?", runs(("gan",), adversarial_from=0.5), "beyond"),
+        Item("epochs", "Equal steps or equal epochs: what if the small set is seen no more often than the middle one?",
+             runs(("l1", "eigen", "gan"), ("795",), steps=equal_epochs), "beyond"),
+        Item("skips", "Do the skip connections help?", runs(("l1",), skips=False), "beyond"),
+        Item("pooling", "Does the 4x4 convolution replace max-pooling well?", runs(("l1",), pooling="max"), "beyond"),
+        Item("output", "Should the network say depth or its logarithm?", runs(("l1", "eigen"), output="log"), "beyond"),
+        *([Item("target", "What if training counts against filled or exact depth?",
+                (*runs(("l1", "l2"), target="filled"), *runs(("l1", "l2"), target="exact")), "beyond"),
+           Item("scenes", "As many frames from fewer scenes: what makes a training set large?",
+                (*runs(("l1",), scenes=max(1, row.train_scenes // 4)),
+                 *runs(("l1",), scenes=max(1, row.train_scenes // 2))), "beyond")] if real == "rooms" else []),
+        Item("decoder", "Is it the encoder or the wider decoder that tells ResNet-50 from DenseNet-121?",
+             tuple(dataclasses.replace(run, encoder="resnet50_narrow") for run in encoders
+                   if run.encoder == "resnet50" and run.loss in ("l1", "eigen", "gan")), "beyond"),
+        *([Item("pretraining", "What do ImageNet weights bring?",
+                runs(("l1", "gan"), pretrained=not row.pretrained), "beyond")] if row.encoder != "tiny" else []),
+    ]  # fmt: skip
+    return {item.name: item for item in items}
 
 
-def all_runs(budget: str, only: str | None = None) -> dict[str, Run]:
-    """The budget's runs by key, each once; `only` keeps those of one item. Raises `UserError` for an unknown item."""
-    items = manifest(budget)
-    if only is not None and only not in items:
-        raise UserError(f"there is no figure or table {only!r}; choose one of {', '.join(items)}")
-    wanted = items.values() if only is None else [items[only]]
-    return {run.key: run for item in wanted for run in item.runs}
+def all_runs(budget: str, only: str | None = None, data: str | None = None) -> dict[str, Run]:
+    """The budget's runs by key, each once, in the manifest's order; `only` keeps those of one item or of one page.
+
+    Raises `UserError` for an unknown item.
+    """
+    items = manifest(budget, data)
+    chosen = items.values() if only in (None, *OVERVIEWS) else [i for i in items.values() if only in (i.name, i.page)]
+    if not chosen:
+        names = dict.fromkeys([*items, *FIGURE_PAGES])
+        raise UserError(f"there is no figure or table {only!r}; choose one of {', '.join(names)}")
+    return {run.key: run for item in chosen for run in item.runs}
+
+
+def pages_of(budget: str, only: str | None = None, data: str | None = None) -> dict[str, list[str]]:
+    """The pages that show the budget's runs, or those of `only`, each with the keys of the runs it reads."""
+    items = manifest(budget, data)
+    pages = {page for item in items.values() if only in (None, item.name, item.page) for page in [item.page]}
+    pages |= {name for name in OVERVIEWS if only in (None, name)}
+    return {name: list(all_runs(budget, name, data)) for name in FIGURE_PAGES if name in pages}
+
+
+def find_run(key: str) -> Run:
+    """The run of any budget's manifest with this key. Raises `UserError` if there is none."""
+    for budget, row in BUDGETS.items():
+        for data in dict.fromkeys((None, "rooms" if row.data == "nyu" else None)):
+            if run := all_runs(budget, data=data).get(key):
+                return run
+    raise UserError(f"no budget has a run {key!r}; `d3lib status --budget B --all` lists a budget's runs")

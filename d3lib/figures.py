@@ -171,6 +171,114 @@ def figure2(
     return figure
 
 
+def figure3(records: Iterable[Mapping[str, Any]], sizes: Mapping[str, int] | None = None) -> Figure:
+    """Figure 3's form: test RMSE while training, against images seen, a panel for each training set.
+
+    Args:
+        records: runs of the main grid. Seeds of one cell are averaged, with their range as a band.
+        sizes: how many frames our sets have, for their titles.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.2), layout="constrained", sharey=True)
+    records = list(records)
+    for ax, size in zip(axes, TRAIN_SETS, strict=True):
+        for loss in LOSSES:
+            curves = [r["curve"] for r in records if (r["run"]["loss"], r["run"]["train_set"]) == (loss, size)]
+            curves = [curve for curve in curves if all(point["test_rms"] is not None for point in curve)]
+            if not curves:
+                continue
+            colour, marker, line = STYLES[loss]
+            length = min(map(len, curves))
+            images = [point["images"] for point in curves[0][:length]]
+            values = np.array([[point["test_rms"] for point in curve[:length]] for curve in curves])
+            ax.plot(images, values.mean(0), line, color=colour, marker=marker, ms=5, label=LABELS[loss])
+            if len(curves) > 1:
+                ax.fill_between(images, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
+        ax.set(xlabel="images seen", title=size if sizes is None else f"{sizes[size]} images ({size})")
+        ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
+    axes[0].set_ylabel("test RMSE (m)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    return figure
+
+
+def figure4(
+    rgb: np.ndarray, truth: np.ndarray, preds: Mapping[str, np.ndarray], valid: np.ndarray | None = None
+) -> Figure:
+    """Figure 4's form: each picture in two rows, its truth and every loss's map above, their errors below.
+
+    Args: see `prediction_grid`; `preds` by loss, in any order.
+    """
+    import matplotlib.pyplot as plt
+
+    losses = [loss for loss in LOSSES if loss in preds]
+    rows, columns = 2 * len(rgb), 2 + len(losses)
+    aspect = rgb.shape[2] / rgb.shape[3]
+    size = (1.55 * columns, 1.55 * aspect * rows + 1.2)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    known = truth > 0 if valid is None else valid
+    far = float(np.percentile(truth[known], 99))
+    error_far = max(float(np.percentile(np.abs(p - truth)[known], 98)) for p in preds.values())
+    for ax in axes.flat:
+        ax.axis("off")
+    for i in range(len(rgb)):
+        above, below = axes[2 * i], axes[2 * i + 1]
+        above[0].imshow(rgb[i].transpose(1, 2, 0))
+        depth = show_depth(above[1], truth[i, 0], known[i, 0], far=far)
+        for column, loss in enumerate(losses, 2):
+            show_depth(above[column], preds[loss][i, 0], far=far)
+            wrong = np.ma.masked_array(np.abs(preds[loss] - truth)[i, 0], ~known[i, 0])
+            error = below[column].imshow(wrong, cmap=ERROR_COLOURS, vmin=0, vmax=error_far)
+    for ax, title in zip(axes[0], ["picture", "true depth", *(LABELS[loss] for loss in losses)], strict=True):
+        ax.set_title(title)
+    figure.colorbar(depth, ax=axes[:, :2].ravel().tolist(), location="bottom", label="depth (m)", aspect=14)
+    figure.colorbar(error, ax=axes[:, 2:].ravel().tolist(), location="bottom", label="|error| (m)", aspect=40)
+    return figure
+
+
+def figure5(records: Iterable[Mapping[str, Any]], paper: Iterable[PaperNumber]) -> Figure:
+    """Figure 5's form: rel, RMSE and δ < 1.25 of seven losses with two encoders; the paper above, ours below.
+
+    Args:
+        records: runs; those that stand for a number of Figure 5 count, every seed a point.
+        paper: the paper's numbers; those of "fig5" are drawn.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6.2), layout="constrained")
+    records, paper = list(records), [number for number in paper if number.item == "fig5"]
+    looks = {"densenet121": ("#0072B2", "o", "DenseNet-121", -0.12), "resnet50": ("#D55E00", "s", "ResNet-50", 0.12)}
+    for column, metric in enumerate(("rel", "rms", "d1")):
+        for encoder, (colour, marker, label, shift) in looks.items():
+            numbers = [n for n in paper if (n.encoder, n.metric) == (encoder, metric)]
+            places = [LOSSES.index(n.method) + shift for n in numbers]
+            axes[0, column].plot(places, [n.value for n in numbers], marker, color=colour, label=label)
+            points = [(x, v) for x, n in zip(places, numbers, strict=True) for v in _values(records, n)]
+            axes[1, column].plot([x for x, _ in points], [v for _, v in points], marker, color=colour, label=label)
+        for ax, where in zip(axes[:, column], ("paper, NYU Depth V2", "ours"), strict=True):
+            ax.set_xticks(range(len(LOSSES)), [LABELS[loss] for loss in LOSSES], rotation=60)
+            ax.set(ylabel=METRICS[metric], title=where)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def forest(rows: Iterable[tuple[str, float | None, float | None]], axis: str) -> Figure:
+    """Differences with their intervals, one under the other: (label, mean or `None` for not run, half-width)."""
+    import matplotlib.pyplot as plt
+
+    rows = list(rows)
+    figure, ax = plt.subplots(figsize=(7.5, 0.32 * len(rows) + 1.1), layout="constrained")
+    for y, (_, mean, half) in enumerate(rows):
+        if mean is None:
+            ax.text(0, y, " not run", va="center", color=BASELINE_GREY, fontsize=9)
+        else:
+            ax.errorbar(mean, y, xerr=half, fmt="o", color="#0072B2", capsize=3)
+    ax.axvline(0, color=BASELINE_GREY, lw=0.8)
+    ax.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    ax.set(xlabel=axis, ylim=(len(rows) - 0.5, -0.5))
+    return figure
+
+
 def _values(records: Iterable[Mapping[str, Any]], number: PaperNumber) -> list[float]:
     """Our counterparts of a number of the paper, one per seed."""
     found = [score(record, number.metric) for record in records if stands_for(record["run"], number)]

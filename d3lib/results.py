@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import functools
+import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d3lib.artefacts import read_json
-from d3lib.experiments import BUDGETS, all_runs
-from d3lib.intervals import prediction_interval
+from d3lib.experiments import BUDGETS, Run, all_runs, make_run, manifest
+from d3lib.intervals import converged, prediction_interval
 from d3lib.records import State, is_current, read_record
 from d3lib.scoring import baselines_path
 
 REFERENCE = Path(__file__).resolve().parent / "reference" / "paper_results.csv"
+QUICK = ("drill", "smoke")  # budgets whose runs are too short to say anything
 NARROW = 0.05  # an interval's half-width counts as narrow up to this part of the value
 
 
@@ -38,17 +43,59 @@ def paper_numbers() -> list[PaperNumber]:
         return [PaperNumber(**{**row, "value": float(row["value"])}) for row in csv.DictReader(file)]
 
 
+def source_of(budget: str, data_root: Path) -> str:
+    """The data a budget's runs read: its own, but rooms for a budget whose NYU Depth V2 is not in `data_root`."""
+    row = BUDGETS[make_run(budget).budget]
+    if row.data == "nyu" and not any(data_root.glob(f"nyu-*-{row.height}x{row.width}/store.json")):
+        return "rooms"
+    return row.data
+
+
+def runs_of(budget: str, out: Path, only: str | None = None) -> dict[str, Run]:
+    """A budget's runs by key, on the data that its batch in `out` works on."""
+    try:
+        plan = json.loads((out / budget / "plan.json").read_text(encoding="utf-8"))
+        root = Path(plan["data_root"])
+    except (OSError, ValueError, KeyError, TypeError):
+        root = out / "data"
+    return all_runs(budget, only, source_of(budget, root))
+
+
 def load_records(budget: str, out: Path, only: str | None = None) -> dict[str, dict[str, Any] | None]:
     """The records of a budget's runs by key; `None` for a run without one. Raises `UserError` for a damaged one."""
-    place = out / budget
-    found = {key: place / key / "record.json" for key in all_runs(budget, only)}
+    found = {key: out / budget / key / "record.json" for key in runs_of(budget, out, only)}
     return {key: read_record(path) if path.is_file() else None for key, path in found.items()}
+
+
+def what_stands_behind(budget: str, out: Path, only: str) -> str:
+    """One paragraph in Markdown for the head of a page: budget, data, how many runs there are, and what that means."""
+    records = load_records(budget, out, only)
+    done = [record for record in records.values() if record is not None]
+    runs, row = runs_of(budget, out, only), BUDGETS[budget]
+    text = f"**What stands behind this page.** Budget `{budget}`: {row.purpose}. "
+    text += f"{len(done)} of {len(records)} runs have a record. "
+    if not done:
+        return text + "Nothing was run yet."
+    data = done[0]["data"]["description"].split(",")[0]
+    seeds = sorted(Counter((r["run"]["loss"], r["run"]["train_set"], r["run"]["encoder"]) for r in done).values())
+    size = next(iter(runs.values()))
+    text += f"Data: {data}. Pictures of {size.height} x {size.width}, batches of {size.batch_size}. "
+    text += f"Runs behind one point: {seeds[0]}" + (f" to {seeds[-1]}. " if seeds[-1] != seeds[0] else ". ")
+    if row.data == "nyu" and size.data == "rooms":
+        text += "NYU Depth V2 is not prepared here: nested sets of rooms stand for its three sets. "
+    elif size.data == "nyu":
+        text += "NYU's 795 labelled frames are not a part of its 12k: the sets are not nested. "
+    if budget in QUICK:
+        text += "**Runs this short rank nothing**: they show that every step works."
+    elif any(not is_current(record) for record in done):
+        text += "Some records were made by an older version of the training code."
+    return text
 
 
 def load_baselines(budget: str, out: Path) -> dict[str, dict[str, Any]]:
     """The baselines' scores by training set, for the sets that have been scored."""
-    runs = [run for run in all_runs(budget).values() if run.encoder == BUDGETS[budget].encoder]
-    paths = {run.train_set: baselines_path(run, out / budget) for run in reversed(runs)}  # the first run's of each set
+    runs = runs_of(budget, out, "fig2").values()
+    paths = {run.train_set: baselines_path(run, out / budget) for run in runs if run.seed == 0}
     return {
         name: read_json(path, format="d3lib-baselines", version=1) for name, path in paths.items() if path.is_file()
     }
@@ -72,7 +119,7 @@ def cell_status(paper: float, records: Iterable[Mapping[str, Any]], metric: str)
         return "not run"
     older = "" if all(map(is_current, records)) else ", older"
     runs = [record["run"] for record in records]
-    if any(run["budget"] in ("smoke", "drill") for run in runs):
+    if any(run["budget"] in QUICK for run in runs):
         return "smoke only" + older
     if any(run["data"] != "nyu" or not run["pretrained"] for run in runs):
         return "other data" + older
@@ -93,6 +140,12 @@ class Cell:
     status: str
     keys: tuple[str, ...]  # the runs' folders
 
+    @property
+    def difference(self) -> float | None:
+        """Ours less the paper's, where they compare: the same data, protocol and pretraining."""
+        compares = self.status.split(",")[0] in ("reproduced", "inconclusive", "differs")
+        return self.ours - self.paper.value if compares and self.ours is not None else None
+
 
 def compare(budget: str, out: Path) -> list[Cell]:
     """Every number of the paper's figures, and D3-Net's row of Table 2, beside ours at the given budget."""
@@ -111,26 +164,90 @@ def compare(budget: str, out: Path) -> list[Cell]:
 
 
 def stands_for(run: Mapping[str, Any], number: PaperNumber) -> bool:
-    """Whether a run is our counterpart of a number. A small budget's encoder stands for D3-Net's but in Figure 5."""
+    """Whether a run, of any seed, is our counterpart of a number: one of the manifest's for its figure.
+
+    A small budget's encoder stands for D3-Net's but in Figure 5.
+    """
     loss = "gan" if number.method == "D3-Net" else number.method
-    encoder = number.encoder if number.item == "fig5" else BUDGETS[run["budget"]].encoder
-    return (run["loss"], run["train_set"], run["encoder"], run["variant"]) == (
-        loss,
-        number.train_set,
-        encoder,
-        "paper",
-    )
+    item = "fig5" if number.item == "fig5" else "fig2"
+    encoder = number.encoder if item == "fig5" else BUDGETS[run["budget"]].encoder
+    wanted = (loss, number.train_set, encoder)
+    if (run["loss"], run["train_set"], run["encoder"]) != wanted:
+        return False
+    fields = {**dataclasses.asdict(Run()), **run, "seed": 0}  # a record of older code may lack a field
+    return fields in _counterparts(run["budget"], run["data"], item, *wanted)
 
 
-def status_text(budget: str, out: Path, only: str | None = None) -> str:
-    """A line for each run: its state, and what went wrong with a failed one; then the counts."""
-    states = {key: State(out / budget / key).read() for key in all_runs(budget, only)}
-    lines = [f"{state:<12} {key}{'  ' + error if error else ''}" for key, (state, error) in states.items()]
-    counts: dict[str, int] = {}
-    for state, _ in states.values():
-        counts[state] = counts.get(state, 0) + 1
-    summary = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    return "\n".join([*lines, f"budget {budget}: {len(states)} runs: {summary}"])
+@functools.cache
+def _counterparts(budget: str, data: str, item: str, *wanted: str) -> list[dict[str, Any]]:
+    runs = manifest(budget, data)[item].runs
+    return [
+        dataclasses.asdict(run) for run in runs if (run.loss, run.train_set, run.encoder) == wanted and run.seed == 0
+    ]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What one change does to a run: runs that differ in it from others of the same seeds, and in nothing else."""
+
+    item: str  # the question it belongs to
+    what: str  # the change, such as "learning_rate 0.0001"
+    loss: str
+    train_set: str
+    values: tuple[float, ...]  # with the change, one per seed
+    differences: tuple[float, ...]  # from the same seed without it
+    converged: int  # how many of the runs had
+    keys: tuple[str, ...]
+
+
+def contrasts(budget: str, out: Path, item: str, metric: str = "rms") -> list[Contrast]:
+    """Every change that a question beyond the paper asks about, with paired differences; empty tuples: not run."""
+    records = load_records(budget, out)
+    pool = [run for name in ("reference", "fig2", "fig5") for run in runs_of(budget, out, name).values()]
+    groups: dict[tuple[str, str, str], list[tuple[Run, Run]]] = {}
+    for run in runs_of(budget, out, item).values():
+        rivals = [r for r in pool if (r.loss, r.train_set, r.seed) == (run.loss, run.train_set, run.seed)]
+        if not rivals or run in rivals:
+            continue
+        closest = min(rivals, key=lambda rival: len(_changes(run, rival)))
+        what = ", ".join(f"{name} {getattr(run, name)}" for name in _changes(run, closest))
+        groups.setdefault((what, run.loss, run.train_set), []).append((run, closest))
+    found = []
+    for (what, loss, size), pairs in groups.items():
+        scored = [(a, *(score(r, metric) if (r := records.get(run.key)) else None for run in (a, b))) for a, b in pairs]
+        values = {run.key: value for run, value, _ in scored if value is not None}
+        differences = tuple(a - b for _, a, b in scored if a is not None and b is not None)
+        done = sum(bool(converged(records[key]["curve"]).converged) for key in values)
+        found.append(Contrast(item, what, loss, size, tuple(values.values()), differences, done, tuple(values)))
+    return found
+
+
+def _changes(run: Run, other: Run) -> list[str]:
+    """The names of the fields in which two runs differ."""
+    return [f.name for f in dataclasses.fields(Run) if getattr(run, f.name) != getattr(other, f.name)]
+
+
+def status_text(budget: str, out: Path, only: str | None = None, every: bool = False) -> str:
+    """A line for each figure, table and question with its runs' states, one for each failed run; then the counts.
+
+    `every`: a line for each run instead.
+    """
+    states = {key: State(out / budget / key).read() for key in runs_of(budget, out, only)}
+    if every:
+        lines = [f"{state:<12} {key}{'  ' + error if error else ''}" for key, (state, error) in states.items()]
+    else:
+        items = manifest(budget, next(iter(runs_of(budget, out, only).values())).data)
+        lines = []
+        for name, item in items.items():
+            if all(run.key in states for run in item.runs):
+                lines.append(f"{name:<12} {_counts(states[run.key][0] for run in item.runs):<40} {item.question}")
+        lines += [f"{state:<12} {key}  {error}" for key, (state, error) in states.items() if state == "failed"]
+    return "\n".join([*lines, f"budget {budget}: {len(states)} runs: {_counts(state for state, _ in states.values())}"])
+
+
+def _counts(states: Iterable[str]) -> str:
+    """ "3 done, 1 failed"."""
+    return ", ".join(f"{count} {state}" for state, count in sorted(Counter(states).items()))
 
 
 def comparison_text(budget: str, out: Path) -> str:

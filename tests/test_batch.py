@@ -93,10 +93,10 @@ def test_the_train_notebook_declares_exactly_the_fields_of_a_run():
     import typing
 
     from d3lib.artefacts import PROJECT
-    from d3lib.experiments import Run
+    from d3lib.experiments import Run, plain_kind
 
     declared = declared_parameters(jupytext.read(PROJECT / "book/experiments/train.md"))
-    kinds = {name: kind.__name__ for name, kind in typing.get_type_hints(Run).items()}
+    kinds = {name: plain_kind(kind).__name__ for name, kind in typing.get_type_hints(Run).items()}
     assert {name: kind[0] for name, kind in declared.items()} == kinds
     defaults = {field.name: field.default for field in dataclasses.fields(Run)}
     assert defaults.keys() == declared.keys()

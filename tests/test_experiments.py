@@ -8,7 +8,7 @@ import pytest
 
 from d3lib import experiments, losses, models
 from d3lib.errors import UserError
-from d3lib.experiments import BUDGETS, LOSSES, TRAIN_SETS, Run, all_runs, make_run, manifest
+from d3lib.experiments import BUDGETS, LOSSES, TRAIN_SETS, Run, all_runs, find_run, make_run, manifest
 from d3lib.results import paper_numbers
 
 
@@ -26,7 +26,46 @@ def test_every_field_of_a_run_has_a_one_line_meaning():
 def test_the_main_grid_is_seven_losses_on_three_sets_at_every_budget(budget):
     grid = manifest(budget)["fig2"].runs
     assert {(run.loss, run.train_set) for run in grid} == {(loss, size) for loss in LOSSES for size in TRAIN_SETS}
-    assert len(grid) == 21 * BUDGETS[budget].seeds
+    row = BUDGETS[budget]
+    assert len(set(grid)) == len(grid) == 3 * sum(row.more_seeds.get(loss, row.seeds) for loss in LOSSES)
+
+
+def test_the_paper_budget_holds_what_the_paper_did_and_the_questions_beyond_it():
+    items = manifest("paper")
+    assert len({(r.loss, r.encoder) for r in items["fig5"].runs}) == 14
+    assert {(r.loss, r.train_set) for r in items["table2"].runs} == {("gan", "230k")}
+    assert {(r.loss, r.learning_rate) for r in items["rate"].runs} == {
+        (loss, r) for loss in LOSSES for r in (1e-4, 4e-4)
+    }
+    assert {r.lam for r in items["lam_gan"].runs} >= {0.0}
+    assert all(not r.pretrained for r in items["pretraining"].runs)
+    assert all(r.pretrained for r in items["fig2"].runs)
+    assert list(items)[0] == "fig2"  # the main grid first
+    assert not {"target", "scenes"} & set(items)  # the choices of rooms
+    assert {"target", "scenes"} < set(manifest("paper", "rooms"))
+
+
+def test_every_run_beyond_the_paper_differs_from_a_run_of_the_paper_in_one_thing():
+    for budget in ("study", "paper"):
+        items = manifest(budget)
+        grid = [dataclasses.asdict(run) for name in ("fig2", "fig5") for run in items[name].runs]
+        for item in items.values():
+            if item.beyond and item.name != "reference":
+                for run in map(dataclasses.asdict, item.runs):
+                    assert min(sum(run[name] != other[name] for name in run) for other in grid) == 1, (item.name, run)
+
+
+def test_equal_epochs_means_as_many_epochs_as_the_middle_set_has():
+    row = BUDGETS["study"]
+    for run in manifest("study")["epochs"].runs:
+        assert run.steps / row.frames(run.train_set) == pytest.approx(row.steps / row.frames("12k"), rel=1e-3)
+
+
+def test_a_key_finds_its_run_and_an_unknown_key_is_refused():
+    run = manifest("study")["rate"].runs[3]
+    assert find_run(run.key) == run
+    with pytest.raises(UserError, match="no budget has a run 'l1-nothing'"):
+        find_run("l1-nothing")
 
 
 def test_seeds_are_paired_across_losses():
@@ -45,16 +84,22 @@ def test_every_number_the_paper_plots_has_a_run_at_the_paper_budget():
 
 
 def test_a_key_changes_with_every_field_and_with_nothing_else():
-    base = make_run("smoke")
+    bases = {"lam": "gan", "adversarial_from": "gan", "pooled": "eigen"}  # fields that some losses alone have
     other = {
         "loss": "l2", "variant": "released", "encoder": "resnet50", "pretrained": True, "init": "x.safetensors",
         "train_set": "795", "data": "nyu", "hold_out": 3, "budget": "study", "seed": 1, "height": 64, "width": 64,
         "max_depth": 8.0, "steps": 7, "batch_size": 2, "learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.99,
-        "lam": 1.0, "ndf": 8, "precision": "bf16", "evaluations": 3,
+        "lam": 1.0, "ndf": 8, "precision": "bf16", "evaluations": 3, "pooled": True, "adversarial_from": 0.5,
+        "skips": False, "pooling": "max", "output": "log", "scenes": 3, "target": "exact", "gpus": 2,
     }  # fmt: skip
     assert set(other) == {field.name for field in dataclasses.fields(Run)}
-    keys = [dataclasses.replace(base, **{name: value}).key for name, value in other.items()]
-    assert len({base.key, *keys}) == len(keys) + 1
+    plain = {make_run("smoke", loss=loss).key for loss in ("l1", *bases.values())}
+    keys = [
+        dataclasses.replace(make_run("smoke", loss=bases.get(name, "l1")), **{name: value}).key
+        for name, value in other.items()
+    ]
+    assert len({*plain, *keys}) == len(keys) + len(plain)
+    base = make_run("smoke")
     assert Run(**dict(reversed(dataclasses.asdict(base).items()))).key == base.key
 
 
@@ -81,6 +126,14 @@ def test_a_key_does_not_depend_on_the_hash_seed():
         ({"data": "kitti"}, "data 'kitti'"),
         ({"seed": -1}, "seed is -1"),
         ({"train_set": "1M"}, "train_set '1M'"),
+        ({"lam": 1.0}, "has no lam"),
+        ({"lam": "x", "loss": "gan"}, "lam must be float"),
+        ({"loss": "eigen", "variant": "released", "lam": 1.0}, "has no lam"),
+        ({"adversarial_from": 0.5}, "adversarial_from is 0.5"),
+        ({"pooled": True}, "has no pooled form"),
+        ({"scenes": 84}, "scenes is 84"),
+        ({"target": "exact", "data": "nyu"}, "choices of rooms"),
+        ({"gpus": 3}, "cannot be shared by 3"),
     ],
 )
 def test_a_wrong_run_is_refused_in_one_line(fields, words):

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from d3lib.artefacts import digest_json, locked
 from d3lib.data import rooms, shards
 from d3lib.data.folder import FolderRGBD
+from d3lib.data.inpaint import fill_depth
 from d3lib.errors import UserError
 from d3lib.provenance import code_digest
 
 MEMORY = 2**31  # bytes; a store smaller than this is read once and kept in memory
 BYTES_A_PIXEL = 7  # rgb, depth and exact depth
 BESIDE_THE_PICTURES = ("d3lib.errors", "d3lib.artefacts", "d3lib.data.rooms.recording")  # change no rendered pixel
+FILL_BATCH = 256  # frames filled between two lines of progress
 RENDER_BATCH = 16  # frames a process renders at once; more is no faster on a CPU and costs memory
 
 
@@ -78,6 +84,49 @@ class RoomsStore:
             if progress is not None and (done // RENDER_BATCH % 10 == 0 or done == len(frames)):
                 rate = done / (time.perf_counter() - start)
                 progress(f"{self.folder.name}: {done}/{len(frames)} frames, {rate:.1f} frames/s")
+
+
+@dataclass(frozen=True)
+class FilledRooms:
+    """The first `frames` frames of a prepared set of rooms with the sensor's holes filled, as NYU's are."""
+
+    of: RoomsStore
+    frames: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the store lies."""
+        return self.of.folder.with_name(f"{self.of.folder.name}-filled-{self.frames}")
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What decides the store's content: the set it is made from, and the code that fills."""
+        code = code_digest("d3lib.data.inpaint", without=BESIDE_THE_PICTURES)
+        return {"kind": "filled rooms", "of": self.of.source, "frames": self.frames, "code": code}
+
+    def open(self, progress: Callable[[str], None] | None = None) -> shards.Store:
+        """The store, made first if it is missing or outdated, from its set, which is rendered if need be."""
+        if store := shards.open_if_from(self.folder, self.source):
+            return store
+        sensor = self.of.open(progress)
+        names = list(sensor.names[: self.frames])
+        return shards.write_store(self.folder, self._filled(sensor, progress), source=self.source, names=names)
+
+    def _filled(self, sensor: shards.Store, progress: Callable[[str], None] | None) -> Iterator[Mapping[str, Tensor]]:
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            for start in range(0, self.frames, FILL_BATCH):
+                batch = sensor.__getitems__(range(start, min(start + FILL_BATCH, self.frames)))
+                depth = pool.map(_fill, batch["rgb"].numpy(), batch["depth"][:, 0].numpy(), chunksize=16)
+                batch["depth"] = torch.from_numpy(np.stack(list(depth))[:, None])
+                batch["valid"] = batch["depth"] > 0
+                yield batch
+                if progress is not None:
+                    progress(f"{self.folder.name}: {min(start + FILL_BATCH, self.frames)}/{self.frames} frames")
+
+
+def _fill(rgb: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """The filled depth (H, W) float32 of one frame; one without any valid pixel stays empty."""
+    return fill_depth(rgb, depth).astype(np.float32) if depth.any() else depth
 
 
 @dataclass(frozen=True)

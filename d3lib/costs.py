@@ -1,0 +1,110 @@
+"""What a batch will cost on this machine: seconds of each run, from its own training loop timed for a few steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from d3lib.artefacts import digest_json, read_json, write_json
+from d3lib.data.loader import to_float
+from d3lib.errors import UserError
+from d3lib.evaluation import as_predictor
+from d3lib.execution import CURVE_FRAMES, EVAL_BATCH, build_network
+from d3lib.experiments import BUDGETS, Run, manifest
+from d3lib.losses import build_loss
+from d3lib.models import PatchDiscriminator
+from d3lib.provenance import TRAINING_CODE, code_digest, device_name
+from d3lib.training import fit, pick_device, pick_precision
+
+STEPS = 3  # timed, after as many that warm up
+START = 10.0  # seconds to start a run's process and notebook, and to write its results
+
+
+def measure(run: Run, device: str) -> dict[str, float]:
+    """Seconds of one training step (`step`) and of predicting one image (`image`) of a run, on random pictures."""
+    shape = (run.batch_size, 1, run.height, run.width)
+    generator = torch.Generator().manual_seed(0)
+    rgb = torch.randint(256, (shape[0], 3, *shape[2:]), dtype=torch.uint8, generator=generator)
+    depth = 1 + 8 * torch.rand(shape, generator=generator)
+    batch = {"rgb": to_float(rgb).to(device), "depth": depth.to(device)}
+    batch["valid"] = torch.ones_like(batch["depth"], dtype=torch.bool)
+    precision = pick_precision(run.precision, device)
+    plain = dataclasses.replace(run, pretrained=False, init="")  # weights change no time
+    net = build_network(plain).to(device, memory_format=torch.channels_last)
+    adversary = PatchDiscriminator(ndf=run.ndf).to(device) if run.loss == "gan" else None
+
+    def train(steps: int) -> float:
+        def batches(_: int) -> Iterator[dict[str, Tensor]]:
+            return itertools.repeat(batch)
+
+        options = {"steps": steps, "adversary": adversary, "device": device, "precision": precision, "evaluations": 1}
+        return fit(net, build_loss("l1"), batches, **options).seconds / steps
+
+    train(STEPS)
+    step = train(STEPS)
+    predict = as_predictor(net, device, precision)
+    start = time.perf_counter()
+    predict(batch["rgb"]).cpu()
+    return {"step": step, "image": (time.perf_counter() - start) / run.batch_size}
+
+
+def kind_of(run: Run) -> Run:
+    """The fields of a run that decide its speed; the others at their defaults."""
+    kept = ("encoder", "height", "width", "batch_size", "ndf", "precision", "skips", "pooling")
+    loss = "gan" if run.loss == "gan" else "l1"
+    return Run(loss=loss, **{name: getattr(run, name) for name in kept})
+
+
+def seconds_of(runs: Iterable[Run], out: Path, device: str = "auto") -> dict[str, float]:
+    """Estimated seconds of each run, by key, on this device. What was measured is kept in `out/throughput.json`."""
+    device = pick_device(device)
+    path = out / "throughput.json"
+    here = digest_json([device_name(device), torch.get_num_threads(), torch.__version__, code_digest(*TRAINING_CODE)])
+    try:
+        known = read_json(path, format="d3lib-throughput")
+    except UserError:
+        known = {}
+    known = {name: value for name, value in known.items() if name.startswith(here[:8])}
+    seconds, before = {}, len(known)
+    for run in runs:
+        kind = kind_of(run)
+        name = f"{here[:8]}-{kind.key}"
+        if name not in known:
+            known[name] = measure(kind, device)
+        row = BUDGETS[run.budget]
+        test = row.test_scenes * row.test_views
+        points = run.evaluations * 2 * min(CURVE_FRAMES, test)
+        images = points + 2 * (2 * test + CURVE_FRAMES + row.val_scenes * row.test_views) + EVAL_BATCH
+        seconds[run.key] = START + run.steps * known[name]["step"] / run.gpus + images * known[name]["image"]
+    if len(known) > before:
+        write_json(path, known, format="d3lib-throughput")
+    return seconds
+
+
+def plan_text(budget: str, runs: Iterable[Run], out: Path, device: str = "auto") -> str:
+    """What of a budget is still to be done, by figure, table and question, and what it costs on one such device."""
+    todo = {run.key: run for run in runs}
+    if not todo:
+        return "every run is done"
+    seconds = seconds_of(todo.values(), out, device)
+    lines, counted = [], set[str]()
+    for name, item in manifest(budget, next(iter(todo.values())).data).items():
+        new = [run.key for run in item.runs if run.key in todo and run.key not in counted]
+        counted |= set(new)
+        if new:
+            lines.append(
+                f"  {name:<12} {len(new):>4} runs {_time(sum(seconds[key] for key in new)):>9}  {item.question}"
+            )
+    where = device_name(pick_device(device))
+    total = _time(sum(seconds.values()))
+    return "\n".join([f"to do: {len(todo)} runs, about {total} one after the other on one {where}", *lines])
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
