@@ -41,9 +41,9 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 MinJobAge=86400
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs=8 Gres=gpu:1
+NodeName={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=32000 Gres=gpu:1
 PartitionName=drill Nodes=ALL Default=YES State=UP MaxTime=INFINITE
-"""  # of 8 processors, whatever the machine has, or the jobs of the profile would never fit; and one GPU
+"""  # processors and memory that the profile's jobs fit into, whatever the machine has, and one GPU
 
 
 def asked(*command):
@@ -117,7 +117,7 @@ def cancel_everything():
 def jobs():
     """Each job SLURM was given so far: number -> its rule, what of it, its state, and the GPUs it asked for."""
     fields = {}
-    for block in asked("scontrol", "show", "job", "-o").splitlines():
+    for block in re.findall(r"^JobId=.*", asked("scontrol", "show", "job", "-o"), re.MULTILINE):
         rule = re.search(r"Comment=rule_(\w+?)(?:_wildcards_(\S+))?\s", block)
         gpus = re.search(r"TresPerJob=gres:gpu:(\d+)", block)
         fields[int(re.search(r"JobId=(\d+)", block)[1])] = {

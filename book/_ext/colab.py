@@ -341,7 +341,7 @@ class Converter:
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             text = textwrap.dedent("\n".join(text.splitlines()[first - 1 : node.end_lineno]))
         origin = f"{path.relative_to(self.book.root).as_posix()}{f', {name}' if name else ''}"
-        return f"```python\n# {origin}\n{text.strip()}\n```"
+        return f"```{part.options.get('language', 'python')}\n# {origin}\n{text.strip()}\n```"
 
     def _unknown(self, what: str) -> ValueError:
         return ValueError(f"book/{self.page}.md: {what} has no form for Colab; add one to book/_ext/colab.py")
