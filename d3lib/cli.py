@@ -262,10 +262,13 @@ def _data_verify(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from d3lib.distributed import started
     from d3lib.execution import execute
     from d3lib.records import model_card
     from d3lib.training import progress_line
 
+    if options.gpus is None and not options.run and started() > 1:
+        options.gpus = started()
     run = _run_of(options)
     if options.run:
         given = [f.name for f in dataclasses.fields(Run) if getattr(options, f.name) is not None]
@@ -275,7 +278,8 @@ def _train(options: argparse.Namespace) -> None:
     out = options.out / run.budget
     data = options.data_root or options.out / "data"
     record = execute(run, out, data, device=options.device, progress=progress_line())
-    print(f"\n{model_card(record)}\nrecord: {out / run.key / 'record.json'}")
+    if record:  # of several processes, the first has it
+        print(f"\n{model_card(record)}\nrecord: {out / run.key / 'record.json'}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -48,6 +48,7 @@ def joined(device: str) -> Iterator[str]:
     # The first process may render data or evaluate for hours; one that died is noticed by torchrun, not by this.
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=7))
     yield device
+    dist.barrier()
     dist.destroy_process_group()  # not after an error: it would wait for those that torchrun is about to end
 
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import gc
+import json
 import math
+import os
+import subprocess
+import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from d3lib import provenance
+from d3lib import distributed, provenance
 from d3lib.artefacts import (
     atomic_write,
     canonical_json,
@@ -220,12 +225,56 @@ def execute(
     Writes `out/<run.key>/`: `record.json`, `weights.safetensors` (the checkpoint chosen on validation scenes) with
     its `model_card.md`, `predictions.npz` (a few test pictures), and while training a checkpoint.
 
-    Returns the record's content. Raises `UserError` for missing or unfit data, `DivergedError` for a diverged run.
+    A run on several GPUs (on a machine without any: in several processes) starts its processes by itself, or joins
+    those that torchrun started: then the first alone prepares data, evaluates and writes.
+
+    Returns the record's content, in a process other than the first an empty one. Raises `UserError` for missing or
+    unfit data, `DivergedError` for a diverged run.
     """
-    device = pick_device(device)
-    folder = out / run.key
-    net = build_network(run)  # before the data: weights that do not fit should not cost minutes of rendering
-    sources = open_sources(run, data_root, progress)
+    started = distributed.started()
+    if started == 1 < run.gpus:
+        return _in_processes(run, out, data_root, device, progress)
+    if started != run.gpus:
+        raise UserError(f"a run of gpus {run.gpus} was started in {started} processes; make the two numbers equal")
+    with distributed.joined(pick_device(device)) as device:
+        return _execute(run, out / run.key, data_root, device, progress if distributed.rank() == 0 else None)
+
+
+def _in_processes(run: Run, out: Path, data_root: Path, device: str, progress: Progress | None) -> dict[str, Any]:
+    """Let torchrun do a run in as many processes as it asks for, pass on their progress, and read the record."""
+    arguments = [canonical_json(dataclasses.asdict(run)), str(out), str(data_root), device]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.gpus}"]
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // run.gpus))}
+    with subprocess.Popen(
+        [*command, "-m", "d3lib.execution", *arguments],
+        env=os.environ | threads,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as processes:
+        said: deque[str] = deque(maxlen=200)
+        try:
+            for line in map(str.strip, processes.stdout or ()):
+                said.append(line)
+                if progress is not None:
+                    progress(line)
+        except BaseException:  # interrupted: torchrun ends its processes if it is ended
+            processes.terminate()
+            processes.wait()
+            raise
+    if processes.returncode:
+        errors = [line.removeprefix("d3lib: ") for line in said if line.startswith("d3lib: ")]
+        if errors:
+            raise UserError(errors[0])
+        raise RuntimeError("\n".join([f"one of {run.gpus} processes failed:", *said]))
+    return read_record(out / run.key / "record.json")
+
+
+def _execute(run: Run, folder: Path, data_root: Path, device: str, progress: Progress | None) -> dict[str, Any]:
+    """`execute`, in each of the run's processes."""
+    with distributed.first_alone():
+        net = build_network(run)  # before the data: weights that do not fit should not cost minutes of rendering
+        sources = open_sources(run, data_root, progress)
     if run.init:  # the file's content is part of what the result depends on, not only its name
         inputs = digest_json([sources.digest, digest_file(run.init)])
         before = load_weights(run.init)[1].get("trained_on", "data unknown")
@@ -233,11 +282,14 @@ def execute(
             sources, digest=inputs, description=f"{sources.description} (before that: {before})"
         )
     code = provenance.code_digest(*provenance.TRAINING_CODE)
+    if distributed.rank() > 0:
+        done = distributed.as_the_first(True)
+        return {} if done else _train_and_score(run, net, sources, folder, device, code, None)
     with locked(folder / ".lock"):  # two processes with the same run: the second finds the first one's record
-        if (folder / "record.json").is_file():
-            record = read_record(folder / "record.json")
-            if (record["provenance"]["code_digest"], record["data"]["digest"]) == (code, sources.digest):
-                return record
+        record = read_record(folder / "record.json") if (folder / "record.json").is_file() else None
+        found = record and (record["provenance"]["code_digest"], record["data"]["digest"])
+        if distributed.as_the_first(found == (code, sources.digest)):
+            return record
         state = State(folder)
         state.write("running")
         try:
@@ -291,12 +343,14 @@ def _train_and_score(
             size=(run.height, run.width),
             device=device,
             start_step=start,
+            rank=distributed.rank(),
+            world=distributed.world(),
         )
 
     identity = f"{run.key} {code} {sources.digest}"
     checkpoint = folder / f"checkpoint-{digest_json(identity)[:8]}.pt"
     for old in set(folder.glob("checkpoint*.pt")) - {checkpoint}:
-        old.unlink()  # of other code or other data: nothing can continue from it
+        old.unlink(missing_ok=True)  # of other code or other data: nothing can continue from it
     trace = fit(
         net,
         _pixel_loss(run),
@@ -316,6 +370,8 @@ def _train_and_score(
         identity=identity,
         progress=progress,
     )
+    if distributed.rank() > 0:
+        return {}  # the first process has the curve, and scores
     if not trace.best_weights:
         raise UserError(f"{run.data}: no validation picture has a depth up to {run.max_depth:g} m; check the data")
     part = {"train": CURVE_FRAMES}  # a set not named here is scored whole
@@ -417,3 +473,13 @@ def _write_weights(folder: Path, weights: Mapping[str, Tensor], record: Mapping[
         return
     with atomic_write(folder / "model_card.md") as file:
         file.write(model_card(record))
+
+
+if __name__ == "__main__":  # one of the processes that `_in_processes` starts
+    from d3lib.training import progress_line
+
+    try:
+        fields, out, data_root, device = sys.argv[1:]
+        execute(Run(**json.loads(fields)), Path(out), Path(data_root), device=device, progress=progress_line())
+    except UserError as error:
+        sys.exit(f"d3lib: {error}")

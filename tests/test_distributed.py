@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,12 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from d3lib import distributed
+from d3lib.errors import UserError
+from d3lib.execution import execute
+from d3lib.experiments import make_run
 from d3lib.losses import build_loss
 from d3lib.models import D3Net, PatchDiscriminator
+from d3lib.records import State, read_record
 from d3lib.training import fit
 
 STEPS, BATCH, SIZE = 6, 4, (32, 48)
@@ -126,3 +132,55 @@ def test_a_run_of_which_one_process_was_killed_resumes_and_ends_as_if_never_cut(
     first, _ = both(folder, {"resumed": job})["resumed"]
     assert largest_difference(first["weights"], ends["moving"][0]["weights"]) == 0
     assert first["curve"] == ends["moving"][0]["curve"]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "100")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="100 processes .* of which there are 0"), distributed.joined("cuda"):
+        pass
+
+
+@pytest.fixture(scope="module")
+def run():
+    return make_run("drill", loss="gan", adversarial_from=0.25, steps=4, evaluations=2, gpus=2)
+
+
+@pytest.fixture(scope="module")
+def record(run, folder):
+    return execute(run, folder / "drill", folder / "data", device="cpu")
+
+
+def test_a_run_on_two_gpus_starts_its_processes_and_leaves_what_any_run_leaves(run, record, folder):
+    place = folder / "drill" / run.key
+    assert record["run"]["gpus"] == 2 and record == read_record(place / "record.json")
+    assert [point["images"] for point in record["curve"]] == [16, 32]
+    assert {"weights.safetensors", "model_card.md", "predictions.npz"} <= {path.name for path in place.iterdir()}
+    assert not list(place.glob("checkpoint*")) and State(place).read()[0] == "done"
+
+
+def test_torchrun_on_the_command_line_does_the_same_run_and_says_so_once(run, record, folder, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "d3lib"]
+    flags = "train --budget drill --loss gan --adversarial-from 0.25 --steps 4 --evaluations 2 --device cpu".split()
+    places = ["--out", tmp_path, "--data-root", folder / "data"]
+    done = subprocess.run([*command, *flags, *places], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"# {run.key}") == 1
+    again = read_record(tmp_path / "drill" / run.key / "record.json")
+    assert again["metrics"] == record["metrics"] and again["weights_digest"] == record["weights_digest"]
+
+
+def test_what_ends_one_process_ends_the_run_with_its_one_line(folder):
+    run = make_run("drill", data="nyu", gpus=2)
+    with pytest.raises(UserError, match="NYU|nyu") as caught:
+        execute(run, folder / "drill", folder / "data", device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_started_in_another_number_of_processes_is_refused(run, monkeypatch, folder):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="gpus 2 was started in 4 processes"):
+        execute(run, folder / "drill", folder / "data", device="cpu")
