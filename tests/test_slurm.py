@@ -1,6 +1,10 @@
-"""The batch on a real scheduler: SLURM on this one machine, with a GPU that is only claimed. Runs if asked for by name:
-`pytest -m slurm`, as root (it installs Debian's slurm-wlm where there is none, and ends its daemons)."""
+"""The batch's profiles, and the one for SLURM on a real scheduler: on this machine, with a GPU that is only claimed.
 
+That drill runs if asked for by name, `pytest -m slurm`, as root: it installs Debian's slurm-wlm where there is none,
+and ends the daemons that it started.
+"""
+
+import itertools
 import os
 import re
 import shutil
@@ -13,12 +17,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from d3lib.artefacts import digest_file
 from d3lib.batch import SNAKEFILE
 from d3lib.experiments import all_runs
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+PROFILES = SNAKEFILE.parent / "profiles"
 ETC = Path("/etc/slurm")  # the tools look here: a job's steps forget SLURM_CONF
 ITEM = "lam_eigen"  # three runs of one second
 CONFIGURATION = """ClusterName=drill
@@ -44,6 +49,31 @@ GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=32000 Gres=gpu:1
 PartitionName=drill Nodes=ALL Default=YES State=UP MaxTime=INFINITE
 """  # processors and memory that the profile's jobs fit into, whatever the machine has, and one GPU
+
+
+def test_runs_take_turns_on_the_gpu_of_the_local_profile(tmp_path):
+    (tmp_path / "Snakefile").write_text("""
+rule all:
+    input: "a", "b", "c"
+
+rule run:
+    output: "{name}"
+    resources: gpu=lambda w: config.get("gpus_per_run", 0)
+    shell: "date +%s.%N > {output}; sleep 0.3; date +%s.%N >> {output}"
+""")
+    command = [sys.executable, "-m", "snakemake", "--directory", str(tmp_path), "--cores", "3", "--quiet", "all"]
+    command += ["--snakefile", str(tmp_path / "Snakefile"), "--profile", str(PROFILES / "local")]
+    subprocess.run(command, check=True)
+    spans = sorted([float(text) for text in (tmp_path / name).read_text().split()] for name in "abc")
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize("name", ["local", "slurm"])
+def test_a_profile_speaks_of_rules_that_exist(name):
+    text = "".join((SNAKEFILE.parent / file).read_text() for file in ("Snakefile", "nyu.smk"))
+    profile = yaml.safe_load((PROFILES / name / "config.yaml").read_text())
+    named = {*profile.get("set-resources", {}), *profile.get("set-threads", {})}
+    assert named <= set(re.findall(r"^rule (\w+):", text, re.MULTILINE)), "Snakemake ignores the others"
 
 
 def asked(*command):
@@ -133,9 +163,11 @@ def finished(rule):
     return [job["of"] for job in jobs().values() if (job["rule"], job["state"]) == (rule, "COMPLETED")]
 
 
+@pytest.mark.slurm
+@pytest.mark.slow
 def test_a_batch_on_slurm_goes_on_after_its_driver_and_its_jobs_were_killed(slurm, tmp_path):
     profile = tmp_path / "profile"  # the one that ships, with one line more, as the book advises
-    shutil.copytree(SNAKEFILE.parent / "profiles" / "slurm", profile)
+    shutil.copytree(PROFILES / "slurm", profile)
     with (profile / "config.yaml").open("a") as file:
         file.write("slurm-init-seconds-before-status-checks: 5\n")
     place = tmp_path / "runs" / "drill"
