@@ -22,11 +22,11 @@ LAYERS = [
     {"errors", "artefacts", "provenance"},
     {"data", "losses", "metrics", "models"},
     {"training", "evaluation", "baselines"},
-    {"experiments", "records"},
+    {"experiments", "records", "intervals"},
     {"execution"},
     {"scoring"},
     {"results", "gate", "batch"},
-    {"figures"},
+    {"figures", "claims"},
     {"predict", "bench"},
     {"cli", "__main__"},
 ]
