@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import functools
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -185,6 +185,9 @@ def make_plan(archives: Sequence[str | Path], folder: Path, recipe: Recipe) -> d
         if not path.exists():
             raise UserError(f"{path}: no such archive")
     entries = sorted(({"path": str(path), "name": path.name, "bytes": _size(path)} for path in paths), key=_identity)
+    for one, two in itertools.pairwise(entries):
+        if _identity(one) == _identity(two):
+            raise UserError(f"{one['path']} and {two['path']}: the same name and size; leave one out or rename it")
     listing, left_out = {}, {}
     for number, entry in enumerate(entries):
         with Archive(entry["path"]) as archive:
@@ -279,9 +282,7 @@ class Scene:
                 found = json.loads(scene.read("manifest.json"))
             same = (found["format"], found["version"], found["content"]["key"]) == (SCENE, VERSION, self.key)
             return found["content"] if same else None
-        except (*DAMAGE, TypeError) as error:
-            if not isinstance(error, FileNotFoundError):
-                _raise_if_passing(error)
+        except (*DAMAGE, TypeError):
             return None
 
 
@@ -319,9 +320,9 @@ def process(
     Args: `archives`: only directories of these, read where they are now (default: of all, where the plan found them).
 
     Prints, through `progress`, an estimate first and then rate, bytes and time left. Returns a summary: `written`,
-    `skipped` frames, `bytes`, `seconds`. A bad frame is skipped with its reason; a killed process costs the directory
-    it was at, and so does a disk or a network that fails. Raises `UserError` for a full disk, a plan of changed
-    archives, directories that could not be read, and if not a single frame is fit.
+    `skipped` (frame and reason of each), `bytes`. A bad frame is skipped; a killed process costs the directory it was
+    at, and so does a disk or a network that fails. Raises `UserError` for a full disk, archives that are not those of
+    the plan, directories that could not be read, and if not a single frame is fit.
     """
     kinect.require_numba()  # or every frame would be skipped for want of it
     _open_archive.cache_clear()  # the same path may be another file by now
@@ -329,12 +330,13 @@ def process(
     known = [_identity(entry) for entry in plan["archives"]]
     places = {}
     for path in [Path(os.path.abspath(path)) for path in archives or [entry["path"] for entry in plan["archives"]]]:
-        if (path.name, _size(path)) not in known:
+        identity = (path.name, _size(path))
+        if identity not in known:
             raise UserError(
                 f"{path}: missing, changed since {folder / 'plan.json'} was written, or not in it; restore it, or "
                 f"delete {folder} and plan with all archives"
             )
-        places[known.index((path.name, _size(path)))] = path
+        places[known.index(identity)] = path
     entries = {name: entry for name, entry in plan["directories"].items() if entry["archive"] in places}
     scenes = {name: scene for name, scene in _scenes(folder, plan).items() if name in entries}
     jobs = [
@@ -360,19 +362,15 @@ def process(
     if ticker.faults:
         raise UserError(f"{len(ticker.faults)} directories are not done ({ticker.faults[0]}); the same command goes on")
     manifests = [scene.manifest() or {"frames": [], "skipped": []} for scene in scenes.values()]
-    summary = {
-        "available": plan["available"],
-        "written": sum(len(manifest["frames"]) for manifest in manifests),
-        "skipped": [row for manifest in manifests for row in manifest["skipped"]],
-        "bytes": sum(scene.path.stat().st_size for scene in scenes.values()),
-        "seconds": ticker.seconds,
-    }
-    if summary["skipped"] and not summary["written"]:  # no fault of single frames
+    written = sum(len(manifest["frames"]) for manifest in manifests)
+    skipped = [row for manifest in manifests for row in manifest["skipped"]]
+    if skipped and not written:  # no fault of single frames
         for scene in scenes.values():
             scene.path.unlink()
-        row = summary["skipped"][0]
-        raise UserError(f"{folder}: none of {len(summary['skipped'])} frames is fit ({row['frame']}: {row['reason']})")
-    return summary
+        first = skipped[0]
+        raise UserError(f"{folder}: none of {len(skipped)} frames is fit ({first['frame']}: {first['reason']})")
+    size = sum(scene.path.stat().st_size for scene in scenes.values())
+    return {"written": written, "skipped": skipped, "bytes": size}
 
 
 Job = tuple[Scene, Path, str]  # what to make, the archive that it is in, and the folder there
@@ -444,14 +442,12 @@ class _Ticker:
         folder, recipe = scene.folder, scene.recipe
         size, seconds = 0, 0.0
         with Archive(path) as archive:
-            for pair in scene.pairs[:3]:
+            for pair in [*scene.pairs[:2], scene.pairs[0]]:  # the first call compiles, the last that succeeds counts
                 with contextlib.suppress(UserError, OSError):
-                    for _ in range(2):  # the first call compiles
-                        started = time.perf_counter()
-                        frame = process_frame(archive, _members(inside, pair), recipe)
-                        size = sum(len(content) for content in _encode(*frame, recipe).values())
-                        seconds = time.perf_counter() - started
-                    break
+                    started = time.perf_counter()
+                    frame = process_frame(archive, _members(inside, pair), recipe)
+                    size = sum(len(content) for content in _encode(*frame, recipe).values())
+                    seconds = time.perf_counter() - started
         need, free = size * self.total, shutil.disk_usage(folder).free
         self.say(
             f"{self.total} frames: about {_duration(seconds * self.total / self.workers)} on {self.workers} processes "
@@ -467,20 +463,13 @@ class _Ticker:
         self.done += frames
         self.bytes += size
         self.faults += [fault] if fault else []
-        rate = self.done / max(self.seconds, 1e-9)
-        left = (self.total - self.done) / rate if rate else math.inf
-        line = f"{self.done}/{self.total} frames, {rate:.1f} frames/s, {_amount(self.bytes)}, {_duration(left)} left"
-        self.say(fault or line)
+        rate = max(self.done, 1) / max(self.seconds, 1e-9)
+        left = _duration((self.total - self.done) / rate)
+        self.say(fault or f"{self.done}/{self.total} frames, {rate:.1f} frames/s, {_amount(self.bytes)}, {left} left")
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _amount(size: float) -> str:
