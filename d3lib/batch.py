@@ -26,6 +26,7 @@ SNAKEFILE = Path(__file__).resolve().parent / "workflow" / "Snakefile"
 NOISE = (  # lines that say nothing about the work; all else, errors above all, is passed on
     *("Assuming unrestricted", "Building DAG", "Using shell", "Provided cores", "Rules claiming", "Complete log"),
     *("Select jobs to execute", "Execute ", "Elapsed time", "Passed unknown parameter"),
+    *("No SLURM account given", "not able to get a SLURM account", "Unable to guess SLURM account"),  # no fault
     "Kernel is running over TCP without encryption",
     "KeyboardInterrupt caught in kernel",  # an idle one, told to end
 )
