@@ -81,8 +81,53 @@ def test_the_model_card_and_a_few_predictions_lie_beside_the_weights(record, run
     card = (folder / "model_card.md").read_text(encoding="utf-8")
     assert "synthetic rooms" in card and record["weights_digest"][:16] in card
     with np.load(folder / "predictions.npz", allow_pickle=False) as kept:
-        assert kept["rgb"].dtype == np.uint8 and kept["rgb"].shape == (3, 3, 32, 48)
-        assert kept["pred"].shape == kept["depth"].shape == kept["valid"].shape == (3, 1, 32, 48)
+        assert kept["rgb"].dtype == np.uint8 and kept["rgb"].shape == (5, 3, 32, 48)
+        assert kept["pred"].shape == kept["depth"].shape == kept["valid"].shape == (5, 1, 32, 48)
+        assert kept["worst"].tolist() == [False] * 3 + [True] * 2
+        squares = (kept["pred"].astype(float) - kept["depth"].astype(float)) ** 2
+        rmse = np.sqrt(squares.mean((1, 2, 3)))
+        assert kept["index"][3:].tolist() == np.argsort(-rmse[:3])[:2].tolist()
+        np.testing.assert_array_equal(kept["pred"][3], kept["pred"][kept["index"][3]])
+
+
+def test_sums_by_scene_add_up_to_the_pooled_scores(record):
+    sums, scores = record["by_scene"], record["metrics"]["chosen"]["test"]["exact"]["pooled"]
+    assert len(sums["scene"]) == len(set(sums["scene"])) == BUDGETS["drill"].test_scenes
+    n = np.sum(sums["n"])
+    assert n == 3 * 32 * 48
+    assert np.sqrt(np.sum(sums["se"]) / n) == pytest.approx(scores["rms"], rel=1e-4)
+    assert np.sum(sums["rel"]) / n == pytest.approx(scores["rel"], rel=1e-4)
+    assert np.sum(sums["d1"]) / n == pytest.approx(scores["d1"], rel=1e-6)
+    assert record["details"]["images"] == 3
+
+
+def test_a_training_target_may_be_the_sensor_s_view_filled_or_exact(place):
+    plain, filled, exact = (
+        open_sources(make_run("drill", target=target), place / "data").sets["train"]
+        for target in ("sensor", "filled", "exact")
+    )
+    holes = 0
+    for i in range(8):
+        sensor, full, true = (store.__getitems__([i]) for store in (plain, filled, exact))
+        assert torch.equal(sensor["rgb"], full["rgb"]) and torch.equal(sensor["rgb"], true["rgb"])
+        assert torch.equal(true["depth"], sensor["exact"]) and true["valid"].all()
+        assert full["valid"].all()
+        mask = sensor["valid"]
+        holes += int((~mask).sum())
+        assert full["depth"].min() >= sensor["depth"][mask].min() - 1e-3  # the filling makes no new extremes
+        assert full["depth"].max() <= sensor["depth"][mask].max() + 1e-3
+        assert (full["depth"] - sensor["depth"])[mask].abs().median() < 0.05
+    assert holes > 0
+
+
+def test_as_many_frames_can_come_from_fewer_scenes(place):
+    run = make_run("drill", scenes=3)
+    sources = open_sources(run, place / "data")
+    names = [sources.sets["train"].names[i] for i in sources.frames["train"]]
+    assert len(set(names)) == len(names) == 8
+    assert len({name.rpartition("-")[0] for name in names}) == 3
+    with pytest.raises(UserError, match="ask for more scenes"):
+        open_sources(make_run("drill", scenes=1), place / "data")
 
 
 def test_the_same_run_in_another_place_gives_the_same_numbers_and_weights(record, run, place, tmp_path):

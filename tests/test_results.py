@@ -1,11 +1,13 @@
 """Numbers beside the paper's: statuses are computed by the stated rule, from records alone."""
 
+import dataclasses
+
 import pytest
 
 from d3lib import results
 from d3lib.artefacts import write_json
 from d3lib.errors import UserError
-from d3lib.experiments import make_run
+from d3lib.experiments import all_runs, make_run, manifest
 from d3lib.provenance import TRAINING_CODE, code_digest
 from d3lib.records import RECORD, RECORD_VERSION
 from d3lib.results import cell_status, compare, paper_numbers, status_text
@@ -57,7 +59,7 @@ def test_without_any_run_every_cell_says_not_run(tmp_path):
     cells = compare("smoke", tmp_path)
     assert {cell.status for cell in cells} == {"not run"}
     assert all(cell.ours is None and cell.n == 0 for cell in cells)
-    assert "23 not run" in status_text("smoke", tmp_path)
+    assert f"{len(all_runs('smoke'))} not run" in status_text("smoke", tmp_path)
 
 
 def test_a_smoke_record_fills_exactly_its_cells(tmp_path):
@@ -102,11 +104,34 @@ def test_figure_2_shows_the_main_grid_alone_and_not_runs_of_other_encoders_or_va
     from d3lib.figures import figure2
 
     def made(rms, **fields):
-        run = {"budget": "smoke", "train_set": "12k", "encoder": "tiny", "variant": "paper"} | fields
-        found = record(rms, **run)
+        found = record(rms, **dataclasses.asdict(make_run("smoke", **{"loss": "l1"} | fields)))
         found["metrics"]["chosen"]["test"]["depth"]["pooled"]["d1"] = 0.5
         return found
 
-    records = [made(1.1), made(2.4, encoder="densenet121"), made(2.5, encoder="resnet50"), made(9, variant="released")]
+    others = [{"encoder": "densenet121"}, {"encoder": "resnet50"}, {"loss": "eigen", "variant": "released"}]
+    others += [{"learning_rate": 1e-4}, {"skips": False}, {"target": "exact"}, {"steps": 16}]
+    records = [made(1.1), *(made(9, **fields) for fields in others)]
     ours = figure2(records, paper_numbers()).axes[1]
     assert [list(bar.lines[0].get_ydata()) for bar in ours.containers if len(bar.lines[0].get_ydata())] == [[1.1]]
+
+
+def test_a_contrast_pairs_each_run_with_the_run_of_its_seed_that_differs_in_one_thing(tmp_path):
+    found = {}
+    grid, rate = (manifest("study")[name].runs for name in ("fig2", "rate"))
+    for run in (*grid, *rate):
+        if (run.loss, run.train_set) == ("berhu", "12k"):
+            rms = 1 + 0.1 * run.seed + (0.02 + 0.001 * run.seed if run.learning_rate == 4e-4 else 0)
+            found[run.key] = record(rms, **dataclasses.asdict(run)) | {"key": run.key, "curve": []}
+    for key, content in found.items():
+        write_json(tmp_path / "study" / key / "record.json", content, format=RECORD, version=RECORD_VERSION)
+    rows = {(c.loss, c.what): c for c in results.contrasts("study", tmp_path, "rate")}
+    assert len(rows) == 14
+    assert rows["berhu", "learning_rate 0.0004"].differences == pytest.approx((0.02, 0.021, 0.022))
+    assert rows["berhu", "learning_rate 0.0001"].differences == pytest.approx((0, 0, 0))
+    assert rows["l1", "learning_rate 0.0001"].differences == rows["l1", "learning_rate 0.0001"].values == ()
+
+
+def test_a_budget_for_nyu_takes_rooms_where_nyu_is_absent_and_says_so(tmp_path):
+    assert {run.data for run in results.runs_of("paper", tmp_path).values()} == {"rooms"}
+    write_json(tmp_path / "data" / "nyu-train-256x320" / "store.json", {}, format="any")
+    assert {run.data for run in results.runs_of("paper", tmp_path).values()} == {"nyu"}
