@@ -20,17 +20,18 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Every module may import its own layer and those before it. The first layer is everybody's.
 LAYERS = [
     {"errors", "artefacts", "provenance"},
-    {"data", "losses", "metrics", "models"},
+    {"data", "losses", "metrics", "details", "models"},
+    {"distributed"},
     {"training", "evaluation", "baselines"},
     {"experiments", "records", "intervals"},
     {"execution"},
-    {"scoring"},
+    {"scoring", "costs"},
     {"results", "gate", "batch"},
     {"figures", "claims"},
     {"predict", "bench"},
     {"cli", "__main__"},
 ]
-TENSORS_ONLY = {"losses", "metrics", "models"}
+TENSORS_ONLY = {"losses", "metrics", "details", "models"}
 
 
 def library() -> list[Path]:
