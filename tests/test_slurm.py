@@ -179,7 +179,7 @@ def test_a_batch_on_slurm_goes_on_after_its_driver_and_its_jobs_were_killed(slur
     with (tmp_path / "first.log").open("wb") as log:
         driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: driver.poll() is not None or finished("run"), 600, "finished run")
+        wait_for(lambda: driver.poll() is not None or finished("run"), 900, "finished run")
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
