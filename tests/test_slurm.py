@@ -4,6 +4,7 @@ That drill runs if asked for by name, `pytest -m slurm`, as root: it installs De
 and ends the daemons that it started.
 """
 
+import importlib.util
 import itertools
 import os
 import re
@@ -101,6 +102,8 @@ def slurm(tmp_path_factory):
     """A cluster of one node while the tests of this module run."""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         pytest.fail("the drill needs root on Debian or Ubuntu, where it may install and start SLURM", pytrace=False)
+    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
+        pytest.fail("the drill needs the extra slurm: pip install -c constraints.txt -e '.[slurm]'", pytrace=False)
     if shutil.which("slurmctld") is None or shutil.which("munged") is None:
         apt = ["apt-get", "-qq", "-y", "--no-install-recommends"]
         subprocess.run([*apt, "update"], check=True)
