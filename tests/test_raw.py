@@ -343,6 +343,21 @@ def test_folders_behind_links_are_found_and_links_that_lead_back_end(tmp_path):
     assert raw.process(tmp_path / "out", workers=1)["written"] == 1
 
 
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    extracted(tmp_path / "in", recording(1, ["basement_0001a", "bathroom_0001"]))
+    scandir = os.scandir
+
+    def list_or_fail(path):
+        if str(path).endswith("bathroom_0001"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", list_or_fail)
+    with pytest.raises(OSError, match="bathroom_0001"):
+        raw.make_plan([tmp_path / "in"], tmp_path / "out", raw.Recipe())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_directory_that_one_archive_holds_twice_is_refused(tmp_path):
     members = recording(1, ["basement_0001a"])
     path = zipped(tmp_path / "a.zip", members | {f"copy/{name}": data for name, data in members.items()})

@@ -146,9 +146,12 @@ def _raise_if_passing(error: BaseException) -> None:
 
 
 def _walk(top: Path) -> Iterator[str]:
-    """The files below a folder. Links to folders are followed, but a folder is not visited twice by the same name."""
+    """The files below a folder. Links to folders are followed, but a folder is not visited twice by the same name.
+
+    Raises `OSError` for a folder that cannot be listed: what is in it would be missing without a word.
+    """
     seen = set()
-    for place, folders, files in os.walk(top, followlinks=True):
+    for place, folders, files in os.walk(top, onerror=_raise_if_passing, followlinks=True):
         where = (os.path.realpath(place), os.path.basename(place))
         if where in seen:
             folders.clear()
