@@ -46,7 +46,8 @@ def joined(device: str) -> Iterator[str]:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     # The first process may render data or evaluate for hours; one that died is noticed by torchrun, not by this.
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=7))
+    own = torch.device(device) if gpu else None
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=7), device_id=own)
     yield device
     dist.barrier()
     dist.destroy_process_group()  # not after an error: it would wait for those that torchrun is about to end
