@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from d3lib import __version__
 from d3lib.artefacts import runs_folder
-from d3lib.errors import UserError
+from d3lib.errors import StoppedError, UserError
 from d3lib.experiments import BUDGETS, Run, find_run, make_run, plain_kind
 
 
@@ -27,13 +27,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 for bad input."""
+    """Run one command; returns the exit code: 0, 2 for bad input, 130 or 143 if it was told to end."""
     options = build_parser().parse_args(arguments)
     try:
         return options.action(options) or 0
     except UserError as error:
         print(f"d3lib: {error}", file=sys.stderr)
-        return 2
+        return 143 if isinstance(error, StoppedError) else 2
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         return 0

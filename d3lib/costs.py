@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,13 +17,14 @@ from d3lib.data.loader import to_float
 from d3lib.errors import UserError
 from d3lib.evaluation import as_predictor
 from d3lib.execution import CURVE_FRAMES, EVAL_BATCH, build_network
-from d3lib.experiments import BUDGETS, Run, manifest
+from d3lib.experiments import BUDGETS, Run, all_runs, manifest
 from d3lib.losses import build_loss
 from d3lib.models import PatchDiscriminator
 from d3lib.provenance import TRAINING_CODE, code_digest, device_name
+from d3lib.records import read_record
 from d3lib.training import fit, pick_device, pick_precision
 
-STEPS = 3  # timed, after as many that warm up
+ENOUGH = 1.0  # seconds of timed steps, after one step that warms up
 START = 10.0  # seconds to start a run's process and notebook, and to write its results
 
 
@@ -46,8 +48,8 @@ def measure(run: Run, device: str) -> dict[str, float]:
         options = {"steps": steps, "adversary": adversary, "device": device, "precision": precision, "evaluations": 1}
         return fit(net, build_loss("l1"), batches, **options).seconds / steps
 
-    train(STEPS)
-    step = train(STEPS)
+    first = train(1)
+    step = train(max(1, min(20, int(ENOUGH / first))))
     predict = as_predictor(net, device, precision)
     start = time.perf_counter()
     predict(batch["rgb"]).cpu()
@@ -61,9 +63,27 @@ def kind_of(run: Run) -> Run:
     return Run(loss=loss, **{name: getattr(run, name) for name in kept})
 
 
+def recorded(runs: Iterable[Run], place: Path, device: str) -> dict[str, float]:
+    """Median seconds of a whole run that was done on this device, by the key of its `kind_of` and its steps."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        if (path := place / run.key / "record.json").is_file():
+            made = read_record(path)["provenance"]
+            if made["device"] == device_name(device):
+                found.setdefault(f"{kind_of(run).key} {run.steps}", []).append(made["total_seconds"])
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
 def seconds_of(runs: Iterable[Run], out: Path, device: str = "auto") -> dict[str, float]:
-    """Estimated seconds of each run, by key, on this device. What was measured is kept in `out/throughput.json`."""
-    device = pick_device(device)
+    """Estimated seconds of each run, by key, on this device: those of runs like it, or else from a few timed steps.
+
+    What was timed is kept in `out/throughput.json`.
+    """
+    device, runs = pick_device(device), list(runs)
+    budgets = {(run.budget, run.data) for run in runs if run.data in ("rooms", "nyu")}
+    done: dict[str, float] = {}
+    for budget, data in budgets:
+        done |= recorded(all_runs(budget, data=data).values(), out / budget, device)
     path = out / "throughput.json"
     here = digest_json([device_name(device), torch.get_num_threads(), torch.__version__, code_digest(*TRAINING_CODE)])
     try:
@@ -75,6 +95,9 @@ def seconds_of(runs: Iterable[Run], out: Path, device: str = "auto") -> dict[str
     for run in runs:
         kind = kind_of(run)
         name = f"{here[:8]}-{kind.key}"
+        if like := done.get(f"{kind.key} {run.steps}"):
+            seconds[run.key] = START + like
+            continue
         if name not in known:
             known[name] = measure(kind, device)
         row = BUDGETS[run.budget]

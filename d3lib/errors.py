@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with code 2; a notebook shows it as the last line of the cell.
     """
+
+
+class StoppedError(UserError):
+    """Work that was told to end (SIGTERM, as a cluster's scheduler sends) and has saved what it had."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import gc
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +40,17 @@ from d3lib.artefacts import (
     write_json,
 )
 from d3lib.data import nyu
-from d3lib.data.loader import eval_batches, resize_sample, train_batches
+from d3lib.data.loader import batch_indices, eval_batches, resize_sample, train_batches
 from d3lib.data.prepare import FilledRooms, FolderStore, RoomsStore, open_nyu
 from d3lib.data.shards import Store
-from d3lib.errors import UserError
+from d3lib.errors import StoppedError, UserError
 from d3lib.evaluation import Closely, as_predictor, evaluate
 from d3lib.experiments import BUDGETS, Run
 from d3lib.losses import L1_WEIGHT, build_loss
 from d3lib.metrics import Protocol
 from d3lib.models import D3Net, PatchDiscriminator
 from d3lib.records import RECORD, RECORD_VERSION, State, model_card, read_record
-from d3lib.training import fit, pick_device, pick_precision
+from d3lib.training import DivergedError, fit, pick_device, pick_precision
 
 EVAL_BATCH = 16  # images predicted at once
 CURVE_FRAMES = 64  # frames of a set that a point of the learning curve is computed on
@@ -89,6 +93,7 @@ class ExactTarget(Dataset):
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.names = store.names
 
     def __len__(self) -> int:
         return len(self.store)
@@ -253,6 +258,8 @@ def _in_processes(run: Run, out: Path, data_root: Path, device: str, progress: P
         text=True,
     ) as processes:
         said: deque[str] = deque(maxlen=200)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: processes.terminate())  # they save a checkpoint, and we end too
         try:
             for line in map(str.strip, processes.stdout or ()):
                 said.append(line)
@@ -265,7 +272,7 @@ def _in_processes(run: Run, out: Path, data_root: Path, device: str, progress: P
     if processes.returncode:
         errors = [line.removeprefix("d3lib: ") for line in said if line.startswith("d3lib: ")]
         if errors:
-            raise UserError(errors[0])
+            raise (StoppedError if errors[0].startswith("stopped at") else UserError)(errors[0])
         raise RuntimeError("\n".join([f"one of {run.gpus} processes failed:", *said]))
     return read_record(out / run.key / "record.json")
 
@@ -295,7 +302,7 @@ def _execute(run: Run, folder: Path, data_root: Path, device: str, progress: Pro
         try:
             record = _train_and_score(run, net, sources, folder, device, code, progress)
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit | StoppedError)
             state.write("interrupted" if stopped else "failed", f"{type(error).__name__}: {error}".splitlines()[0])
             raise
         state.write("done")
@@ -351,7 +358,8 @@ def _train_and_score(
     checkpoint = folder / f"checkpoint-{digest_json(identity)[:8]}.pt"
     for old in set(folder.glob("checkpoint*.pt")) - {checkpoint}:
         old.unlink(missing_ok=True)  # of other code or other data: nothing can continue from it
-    trace = fit(
+    training = partial(
+        fit,
         net,
         _pixel_loss(run),
         batches,
@@ -368,8 +376,22 @@ def _train_and_score(
         evaluations=run.evaluations,
         checkpoint=checkpoint,
         identity=identity,
+        clip_norm=run.clip_norm,
         progress=progress,
     )
+    try:
+        with _told_to_stop() as stop:
+            trace = training(stop=stop)
+    except DivergedError as error:
+        batch = next(batch_indices(np.asarray(sources.frames["train"]), run.batch_size, run.seed, error.step - 1))
+        names = [sources.sets["train"].names[index] for index in batch]
+        raise UserError(f"{error} (its frames: {', '.join(names)})") from error
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        fitting = _batch_that_fits(run, device)
+        advice = f"batch_size {fitting} fits" if fitting else "no batch fits; choose a smaller height and width"
+        raise UserError(f"out of memory at batch_size {run.batch_size}, {run.height}x{run.width}; {advice}") from error
     if distributed.rank() > 0:
         return {}  # the first process has the curve, and scores
     if not trace.best_weights:
@@ -409,6 +431,38 @@ def _train_and_score(
     write_json(folder / "record.json", record, format=RECORD, version=RECORD_VERSION)
     checkpoint.unlink(missing_ok=True)
     return record
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGTERM has come, which a first time ends nothing inside the block."""
+    told: list[int] = []
+
+    def note(signum: int, frame: Any) -> None:
+        told.append(signum)
+        signal.signal(signal.SIGTERM, before)  # a second one means now
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: bool(told)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _batch_that_fits(run: Run, device: str) -> int:
+    """The largest batch size, of halves of the run's, with which a step of the depth network fits; 0 if none."""
+    size = run.batch_size // 2
+    while size:
+        try:
+            net = build_network(dataclasses.replace(run, pretrained=False, init="")).to(device)
+            net(torch.zeros(size, 3, run.height, run.width, device=device)).sum().backward()
+            return size
+        except (torch.OutOfMemoryError, RuntimeError):
+            size //= 2
+    return 0
 
 
 def _pixel_loss(run: Run) -> Callable[..., Tensor]:

@@ -60,6 +60,7 @@ class Run:
     learning_rate: float = _doc(2e-4, "Adam's, constant")
     beta1: float = _doc(0.5, "Adam's first-moment decay")
     beta2: float = _doc(0.999, "Adam's second-moment decay")
+    clip_norm: float = _doc(0.0, "scale gradients down to this norm where they are larger; 0, as in the paper: never")
     ndf: int = _doc(64, "gan: channels of the discriminator's first layer (smoke: a thin one)")
     precision: str = _doc("auto", "float32, bf16, fp16, or auto: the best the device has natively")
     gpus: int = _doc(1, "processes that share each step's batch, one a GPU")
@@ -96,9 +97,11 @@ class Run:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
         if self.seed >= 2**63:
             raise UserError(f"seed is {self.seed}; it must be below 2**63")
-        if self.batch_size * (self.height // 32) * (self.width // 32) < 2:
-            raise UserError("batch_size 1 at 32x32 leaves batch normalisation one value a channel; raise either")
-        for name in ("seed", "hold_out", "lam", "scenes"):
+        if self.batch_size % self.gpus:
+            raise UserError(f"batch_size {self.batch_size} cannot be shared by {self.gpus} gpus; choose a multiple")
+        if self.batch_size // self.gpus * (self.height // 32) * (self.width // 32) < 2:
+            raise UserError("one image at 32x32 leaves batch normalisation one value a channel; raise either")
+        for name in ("seed", "hold_out", "lam", "scenes", "clip_norm"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
         self._check_combinations()
@@ -115,8 +118,6 @@ class Run:
             raise UserError(f"data {self.data}: target and scenes are choices of rooms alone; leave them out")
         if self.scenes > BUDGETS[self.budget].train_scenes:
             raise UserError(f"scenes is {self.scenes}; budget {self.budget} has {BUDGETS[self.budget].train_scenes}")
-        if self.batch_size % self.gpus:
-            raise UserError(f"batch_size {self.batch_size} cannot be shared by {self.gpus} gpus; choose a multiple")
 
     @property
     def key(self) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from d3lib import distributed
 from d3lib.artefacts import atomic_path
-from d3lib.errors import UserError
+from d3lib.errors import StoppedError, UserError
 from d3lib.losses import discriminator_input, discriminator_loss, generator_loss
 from d3lib.models import D3Net, PatchDiscriminator
 
@@ -31,7 +31,11 @@ CHECKPOINT_VERSION = 1
 
 
 class DivergedError(UserError):
-    """The loss is no longer a finite number."""
+    """The loss is no longer a finite number; `step` is the first at which it was not."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"training diverged: the loss of step {step} is not finite; lower learning_rate")
+        self.step = step
 
 
 def pick_device(name: str = "auto") -> str:
@@ -138,10 +142,12 @@ def fit(
     precision: str = "float32",
     evaluate: Callable[[nn.Module], dict[str, float | None]] | None = None,
     evaluations: int = 10,
+    clip_norm: float = 0.0,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     identity: str = "",
     progress: Callable[[str], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Trace:
     """Train `net` in place for `steps` optimiser steps, and return the trace.
 
@@ -160,11 +166,14 @@ def fit(
             add its term: the two phases of Jung et al. (2017). 0 is the paper's single phase.
         evaluate: called at `evaluations` equally spaced steps (the last step among them); its `val_rms` chooses
             the best weights.
+        clip_norm: scale the depth network's gradient down to this norm where it is larger; 0, as in the paper: never.
         checkpoint: file to resume from if it exists, and to save to every `checkpoint_seconds` seconds.
         identity: what the checkpoint belongs to; a checkpoint of something else is refused.
+        stop: asked after every step; once it says yes, a checkpoint is saved and training ends by `StoppedError`.
 
     Raises:
-        DivergedError: the loss is not finite.
+        DivergedError: the loss is not finite. The checkpoint is the last one before that.
+        StoppedError: `stop` said so.
         UserError: the checkpoint is damaged or belongs to another run.
     """
     adam = {"lr": learning_rate, "betas": betas, "fused": device.startswith("cuda")}
@@ -187,6 +196,7 @@ def fit(
     clock = saved = time.perf_counter()
     spent = 0.0  # in optimiser steps of this process
     logs: dict[str, Tensor] = {}
+    bad = torch.zeros((), dtype=torch.int64, device=device)  # the first step whose loss was not finite
     for step in range(start + 1, steps + 1):
         batch = next(source)
         with cast():
@@ -202,17 +212,22 @@ def fit(
                 loss = opponent.penalty(pred, batch) + loss
         optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        if clip_norm:
+            scaler.unscale_(optimiser)
+            nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
         scaler.step(optimiser)
         scaler.update()
         logs = distributed.average(logs | {"loss": loss.detach()})
+        bad = torch.where((bad == 0) & ~torch.isfinite(torch.stack(list(logs.values()))).all(), step, bad)
 
         milestone = step in milestones
-        due = leading and checkpoint is not None and time.perf_counter() - saved > checkpoint_seconds
-        if not (milestone or due or step % 50 == 0):
+        stopped = distributed.as_the_first(stop())
+        due = leading and checkpoint is not None and (stopped or time.perf_counter() - saved > checkpoint_seconds)
+        if not (milestone or due or stopped or step % 50 == 0):
             continue
-        shown = {name: float(value) for name, value in logs.items()}  # waits for the GPU, so not at every step
-        if not all(map(math.isfinite, shown.values())):
-            raise DivergedError(f"training diverged: loss is {shown['loss']} at step {step}; lower learning_rate")
+        if first_bad := int(bad):  # waits for the GPU, so not at every step
+            raise DivergedError(first_bad)
+        shown = {name: float(value) for name, value in logs.items()}
         spent += time.perf_counter() - clock
         trace.seconds += time.perf_counter() - clock
         if progress is not None and leading:
@@ -226,6 +241,8 @@ def fit(
         if checkpoint is not None and leading and (due or milestone):
             _save_checkpoint(checkpoint, identity, step, net, optimiser, opponent, scaler, trace)
             saved = time.perf_counter()
+        if stopped and step < steps:
+            raise StoppedError(f"stopped at step {step} of {steps}; the same command continues from there")
         clock = time.perf_counter()
     return trace
 

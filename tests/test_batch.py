@@ -6,8 +6,17 @@ import jupytext
 import pytest
 
 from d3lib.artefacts import locked
-from d3lib.batch import check_parameters, declared_parameters, execute_notebook, read_parameters, reproduce
+from d3lib.batch import (
+    check_parameters,
+    declared_parameters,
+    execute_notebook,
+    read_parameters,
+    reproduce,
+    work_through,
+)
+from d3lib.cli import main
 from d3lib.errors import UserError
+from d3lib.experiments import manifest
 from d3lib.records import read_record
 
 PAGE = """---
@@ -105,7 +114,7 @@ def test_the_train_notebook_declares_exactly_the_fields_of_a_run():
 @pytest.mark.slow
 def test_a_small_batch_runs_and_repeats_only_what_is_lost(tmp_path, capfd):
     out = tmp_path / "a folder with spaces"
-    assert reproduce("drill", out=out, only="fig5", cores=2) == 0
+    assert reproduce("drill", out=out, only="output", cores=2) == 0
     printed = capfd.readouterr().out  # of the work, not of the engines under it
     assert "rooms-train" in printed
     assert not any(word in printed for word in ("DAG", "ernel", "Passed unknown"))
@@ -118,8 +127,9 @@ def test_a_small_batch_runs_and_repeats_only_what_is_lost(tmp_path, capfd):
     locks = out / "drill" / ".snakemake" / "locks"  # as a killed batch leaves them
     locks.mkdir(exist_ok=True)
     (locks / "0.output.lock").write_text(f"{lost}\n")
-    assert reproduce("drill", out=out, only="fig5", cores=2) == 0
+    assert reproduce("drill", out=out, only="output", cores=2) == 0
     assert lost.is_file()
+    assert (out / "drill" / "figures" / "beyond.ipynb").is_file()
     assert kept.stat().st_mtime_ns == records[kept]
 
 
@@ -127,3 +137,28 @@ def test_two_batches_in_one_place_do_not_mix(tmp_path):
     with locked(tmp_path / "drill" / ".batch.lock"):
         with pytest.raises(UserError, match="another process"):
             reproduce("drill", out=tmp_path)
+
+
+def test_runs_without_the_engine_stop_in_time_and_go_on(tmp_path, capfd):
+    """The records are those of `d3lib train`; a bare machine needs no notebooks for them."""
+    assert work_through("drill", out=tmp_path, only="table2", jobs=1, device="cpu") == 0
+    assert "done" in capfd.readouterr().out
+    (path,) = tmp_path.glob("drill/*/record.json")
+    before = path.stat().st_mtime_ns
+    assert work_through("drill", out=tmp_path, only="table2", device="cpu") == 0
+    assert "0 runs to do" in capfd.readouterr().out
+    assert path.stat().st_mtime_ns == before
+    assert work_through("drill", out=tmp_path, only="skips", minutes=1e-6, device="cpu") == 0  # no time: none begun
+    assert len(list(tmp_path.glob("drill/*/record.json"))) == 1
+
+
+def test_a_run_by_its_key_gives_the_bytes_of_the_run_by_its_fields(tmp_path):
+    key = manifest("drill")["table2"].runs[0].key
+    assert main(["train", "--run", key, "--out", str(tmp_path / "a"), "--device", "cpu"]) == 0
+    fields = ["--budget", "drill", "--loss", "gan", "--train-set", "230k"]
+    assert main(["train", *fields, "--out", str(tmp_path / "b"), "--device", "cpu"]) == 0
+    a, b = (read_record(tmp_path / name / "drill" / key / "record.json") for name in "ab")
+    assert a["weights_digest"] == b["weights_digest"]
+    assert a["metrics"] == b["metrics"] and a["details"] == b["details"]
+    assert main(["train", "--run", key, "--seed", "1"]) == 2
+    assert main(["train", "--run", "l9-x"]) == 2

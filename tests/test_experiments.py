@@ -91,6 +91,7 @@ def test_a_key_changes_with_every_field_and_with_nothing_else():
         "max_depth": 8.0, "steps": 7, "batch_size": 2, "learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.99,
         "lam": 1.0, "ndf": 8, "precision": "bf16", "evaluations": 3, "pooled": True, "adversarial_from": 0.5,
         "skips": False, "pooling": "max", "output": "log", "scenes": 3, "target": "exact", "gpus": 2,
+        "clip_norm": 1.0,
     }  # fmt: skip
     assert set(other) == {field.name for field in dataclasses.fields(Run)}
     plain = {make_run("smoke", loss=loss).key for loss in ("l1", *bases.values())}

@@ -31,7 +31,7 @@ LAYERS = [
     {"predict", "bench"},
     {"cli", "__main__"},
 ]
-TENSORS_ONLY = {"losses", "metrics", "details", "models"}
+TENSORS_ONLY = {"losses", "metrics", "models"}
 
 
 def library() -> list[Path]:
