@@ -161,7 +161,9 @@ def reproduce(
         for key, state in states.items():  # made by `d3lib train` with older code: the engine knows nothing of them
             if state != "done" and not dry_run:
                 (place / key / "record.json").unlink(missing_ok=True)
-        print(plan_text(budget, [run for key, run in runs.items() if states[key] != "done"], out), flush=True)
+        todo = [run for key, run in runs.items() if states[key] != "done"]
+        elsewhere = f"{len(todo)} runs to do where {profile} sends them"  # this machine's speed says nothing of theirs
+        print(elsewhere if profile else plan_text(budget, todo, out), flush=True)
         failed = _run_engine(SNAKEFILE, place, place / "plan.json", out, cores, profile, dry_run, "runs")
         return _run_engine(SNAKEFILE, place, place / "plan.json", out, cores, profile, dry_run, "figures") or failed
 
@@ -271,15 +273,17 @@ def _run_engine(
     target: str | None = None,
 ) -> int:
     """Run Snakemake in `place`, whose lock the caller holds, and pass its lines on; returns 0, or 1 if a job failed."""
-    quiet = ["--quiet", "rules", "host", "progress", "reason"]
+    quiet = ["--quiet", *([] if profile else ["rules"]), "host", "progress", "reason"]  # a cluster's failures are there
     command = [sys.executable, "-m", "snakemake", *([target] if target else [])]  # first: options would swallow it
     command += ["--snakefile", str(snakefile), "--directory", str(place)]
-    command += ["--configfile", str(config), "--cores", str(cores or os.cpu_count() or 1)]
+    command += ["--configfile", str(config)]
+    if cores or not profile:  # a profile says how many
+        command += ["--cores", str(cores or os.cpu_count() or 1)]
     environment = os.environ | {"D3LIB_RUNS": str(out.resolve())}
     if root := json.loads(config.read_text(encoding="utf-8")).get("data_root"):
         environment["D3LIB_DATA"] = root
     if any((place / ".snakemake" / "locks").glob("*")):  # a killed batch; ours is the only one now
-        subprocess.run([*command, "--unlock", *quiet], env=environment, check=False)
+        subprocess.run([*command, "--cores", "1", "--unlock", *quiet], env=environment, check=False)
     command += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", *quiet]
     command += ["--dry-run"] if dry_run else []
     command += ["--profile", str(profile)] if profile else []

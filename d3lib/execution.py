@@ -192,10 +192,10 @@ def _nyu_sources(run: Run, data_root: Path) -> Sources:
 
     Validation frames are the labelled ones of a fixed tenth of the training scenes, the same for every training set,
     which leaves these scenes out. Results count against the filled depths (as the paper's), `test_raw` against the
-    sensor's own.
+    sensor's own; the target "sensor" trains on these too.
     """
     held_out = nyu.validation_scenes()
-    name = "train" if run.train_set == "795" else run.train_set
+    name = ("train" if run.train_set == "795" else run.train_set) + ("-raw" if run.target == "sensor" else "")
     labelled, train = (open_nyu(data_root, part, run.height, run.width) for part in ("train", name))
     sets = {"train": train, "val": labelled}
     for part in ("test", "test-raw"):

@@ -47,7 +47,7 @@ class Run:
     init: str = _doc("", "start the whole network from this weights file (safetensors); empty for none")
     train_set: str = _doc("12k", "795, 12k or 230k; on rooms: the nested set that stands for it")
     scenes: int = _doc(0, "rooms: the same number of frames from so many scenes; 0: from all of the budget's")
-    target: str = _doc("sensor", "rooms: train on the sensor's depth where valid, on it filled, or on exact depth")
+    target: str = _doc("sensor", "train on the sensor's depth where valid, on it filled, or (rooms) on exact depth")
     data: str = _doc("rooms", "rooms, nyu, or folder:PATH")
     hold_out: int = _doc(0, "folder data: hold the last so many pairs (by time) out as the test set")
     budget: str = _doc("smoke", "the row of the budget table that the other numbers come from")
@@ -114,8 +114,9 @@ class Run:
             raise UserError(f"loss {self.loss} ({self.variant}) has no lam; leave it out")
         if self.pooled and (self.loss not in ("eigen", "eigengrad") or self.variant != "paper"):
             raise UserError(f"loss {self.loss} ({self.variant}) has no pooled form; eigen and eigengrad have")
-        if self.data != "rooms" and (self.target != "sensor" or self.scenes):
-            raise UserError(f"data {self.data}: target and scenes are choices of rooms alone; leave them out")
+        targets = {"rooms": TARGETS, "nyu": ("filled", "sensor")}.get(self.data, ("sensor",))
+        if self.target not in targets or (self.scenes and self.data != "rooms"):
+            raise UserError(f"data {self.data}: target must be {' or '.join(targets)}; scenes is for rooms alone")
         if self.scenes > BUDGETS[self.budget].train_scenes:
             raise UserError(f"scenes is {self.scenes}; budget {self.budget} has {BUDGETS[self.budget].train_scenes}")
 
@@ -326,6 +327,7 @@ def make_run(budget: str, **fields: Any) -> Run:
     fields_of_row = ("encoder", "height", "width", "pretrained", "ndf", "steps", "evaluations", "data")
     numbers = {name: getattr(row, name) for name in fields_of_row}
     given = {name: value for name, value in fields.items() if value is not None}
+    numbers["target"] = "filled" if given.get("data", row.data) == "nyu" else "sensor"  # NYU: as in the paper
     return Run(**{**numbers, **given, "budget": budget})
 
 
@@ -423,9 +425,10 @@ def manifest(budget: str, data: str | None = None) -> dict[str, Item]:
         Item("skips", "Do the skip connections help?", runs(("l1",), skips=False), "beyond"),
         Item("pooling", "Does the 4x4 convolution replace max-pooling well?", runs(("l1",), pooling="max"), "beyond"),
         Item("output", "Should the network say depth or its logarithm?", runs(("l1", "eigen"), output="log"), "beyond"),
-        *([Item("target", "What if training counts against filled or exact depth?",
-                (*runs(("l1", "l2"), target="filled"), *runs(("l1", "l2"), target="exact")), "beyond"),
-           Item("scenes", "As many frames from fewer scenes: what makes a training set large?",
+        Item("target", "What if training counts against filled, measured or exact depth?",
+             runs(("l1", "l2"), target="sensor") if real == "nyu" else
+             (*runs(("l1", "l2"), target="filled"), *runs(("l1", "l2"), target="exact")), "beyond"),
+        *([Item("scenes", "As many frames from fewer scenes: what makes a training set large?",
                 (*runs(("l1",), scenes=max(1, row.train_scenes // 4)),
                  *runs(("l1",), scenes=max(1, row.train_scenes // 2))), "beyond")] if real == "rooms" else []),
         Item("decoder", "Is it the encoder or the wider decoder that tells ResNet-50 from DenseNet-121?",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,18 +31,19 @@ class State:
     def write(self, state: str, error: str = "") -> None:
         """Write `state.json`."""
         with atomic_write(self.folder / "state.json") as file:
-            json.dump({"state": state, "error": error, "pid": os.getpid()}, file)
+            json.dump({"state": state, "error": error, "pid": os.getpid(), "host": platform.node()}, file)
 
     def read(self) -> tuple[str, str]:
         """(state, error); a run said to be running whose process is gone is "interrupted"."""
         try:
             found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
             state, error, pid = found["state"], found["error"], int(found["pid"])
+            here = found.get("host") == platform.node()
         except (OSError, ValueError, KeyError, TypeError):
-            state, error, pid = "done", "", 0
+            state, error, pid, here = "done", "", 0, True
         if state == "done":
             return self._done()
-        if state == "running" and not _alive(pid):
+        if state == "running" and here and not _alive(pid):  # of another machine's process one sees nothing
             return "interrupted", "its process ended without a record; run it again to continue from its checkpoint"
         return state, error
 

@@ -41,8 +41,9 @@ def test_the_paper_budget_holds_what_the_paper_did_and_the_questions_beyond_it()
     assert all(not r.pretrained for r in items["pretraining"].runs)
     assert all(r.pretrained for r in items["fig2"].runs)
     assert list(items)[0] == "fig2"  # the main grid first
-    assert not {"target", "scenes"} & set(items)  # the choices of rooms
-    assert {"target", "scenes"} < set(manifest("paper", "rooms"))
+    assert {r.target for r in items["fig2"].runs} == {"filled"}  # the paper's depths
+    assert {r.target for r in items["target"].runs} == {"sensor"}
+    assert "scenes" not in items and "scenes" in manifest("paper", "rooms")  # a choice of rooms
 
 
 def test_every_run_beyond_the_paper_differs_from_a_run_of_the_paper_in_one_thing():
@@ -133,7 +134,7 @@ def test_a_key_does_not_depend_on_the_hash_seed():
         ({"adversarial_from": 0.5}, "adversarial_from is 0.5"),
         ({"pooled": True}, "has no pooled form"),
         ({"scenes": 84}, "scenes is 84"),
-        ({"target": "exact", "data": "nyu"}, "choices of rooms"),
+        ({"target": "exact", "data": "nyu"}, "target must be filled or sensor"),
         ({"gpus": 3}, "cannot be shared by 3"),
     ],
 )

@@ -158,14 +158,20 @@ class FolderStore:
 
 
 def open_nyu(root: Path, name: str, height: int, width: int) -> shards.Store:
-    """A prepared set of NYU Depth V2: train (795), 12k, 230k, test or test-raw. Raises `UserError` if it is not there.
+    """A prepared set of NYU Depth V2: train (795), 12k, 230k or test, each also with measured depth (`...-raw`).
+
+    Raises `UserError` if it is not there.
 
     A training set is kept in memory if it is small; a test set, at full size and rarely read, is not.
     """
     folder = root / f"nyu-{name}-{height}x{width}"
     if not (folder / "store.json").is_file():
-        how = f"nyu-raw ZIP-or-DIR... --frames {'all' if name == '230k' else 12000}"
-        how = how if name in ("12k", "230k") else "nyu-labeled nyu_depth_v2_labeled.mat"
+        measured = name.startswith(("train", "12k", "230k")) and name.endswith("-raw")
+        if name.startswith(("12k", "230k")):
+            how = f"nyu-raw ZIP-or-DIR... --frames {'all' if name.startswith('230k') else 12000}"
+            how += " --no-fill" if measured else ""
+        else:
+            how = "nyu-labeled nyu_depth_v2_labeled.mat" + (" --target raw" if measured else "")
         raise UserError(
             f"{folder}: NYU Depth V2 is not prepared there; make it with `d3lib data {how} --size {height}x{width}`, "
             "or use --data rooms or --data folder:PATH"
