@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,11 +57,10 @@ def measure(run: Run, device: str) -> dict[str, float]:
     return {"step": step, "image": (time.perf_counter() - start) / run.batch_size}
 
 
-def kind_of(run: Run) -> Run:
-    """The fields of a run that decide its speed; the others at their defaults."""
-    kept = ("encoder", "height", "width", "batch_size", "ndf", "precision", "skips", "pooling")
-    loss = "gan" if run.loss == "gan" else "l1"
-    return Run(loss=loss, **{name: getattr(run, name) for name in kept})
+def kind_of(run: Run, **other: Any) -> Run:
+    """The fields of a run that decide most of its speed, with `other` in their place; the rest at their defaults."""
+    kept = {name: getattr(run, name) for name in ("encoder", "height", "width", "batch_size", "ndf", "precision")}
+    return Run(**{"loss": "gan" if run.loss == "gan" else "l1"} | kept | other)
 
 
 def recorded(runs: Iterable[Run], place: Path, device: str) -> dict[str, float]:
@@ -92,19 +92,28 @@ def seconds_of(runs: Iterable[Run], out: Path, device: str = "auto") -> dict[str
         known = {}
     known = {name: value for name, value in known.items() if name.startswith(here[:8])}
     seconds, before = {}, len(known)
-    for run in runs:
-        kind = kind_of(run)
+
+    def timed(kind: Run) -> dict[str, float]:
         name = f"{here[:8]}-{kind.key}"
-        if like := done.get(f"{kind.key} {run.steps}"):
-            seconds[run.key] = START + like
-            continue
         if name not in known:
             known[name] = measure(kind, device)
+        return known[name]
+
+    for run in runs:
+        if like := done.get(f"{kind_of(run).key} {run.steps}"):
+            seconds[run.key] = START + like
+            continue
+        cost = dict(timed(kind_of(run, loss="l1")))
+        if (
+            run.loss == "gan"
+        ):  # the discriminator costs the same whatever it judges, so it is timed beside a small network
+            with_it, without = (timed(kind_of(run, loss=loss, encoder="tiny")) for loss in ("gan", "l1"))
+            cost["step"] += max(0.0, with_it["step"] - without["step"])
         row = BUDGETS[run.budget]
         test = row.test_scenes * row.test_views
         points = run.evaluations * 2 * min(CURVE_FRAMES, test)
         images = points + 2 * (2 * test + CURVE_FRAMES + row.val_scenes * row.test_views) + EVAL_BATCH
-        seconds[run.key] = START + run.steps * known[name]["step"] / run.gpus + images * known[name]["image"]
+        seconds[run.key] = START + run.steps * cost["step"] / run.gpus + images * cost["image"]
     if len(known) > before:
         write_json(path, known, format="d3lib-throughput")
     return seconds
