@@ -7,7 +7,7 @@ STAMP := $(VENV)/.d3-installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup reproduce test batch book colab lint clean distclean
+.PHONY: help setup reproduce test drill batch book colab lint clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ colab: setup ## write the Colab notebooks in book/colab from the book's pages
 
 test: setup lint ## check style and run every test (about as many at once as there are cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+drill: setup ## kill, fill, flip and forge: what a run survives, as a table (LONG=1: hundreds of trials, most of an hour)
+	OMP_NUM_THREADS=1 D3LIB_LONG=$(LONG) $(BIN)/python -m pytest -n $(JOBS) -m "drill or not drill" tests/drills
 
 lint: setup ## check style with ruff
 	@$(BIN)/ruff check .

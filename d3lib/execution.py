@@ -293,6 +293,8 @@ def _execute(run: Run, folder: Path, data_root: Path, device: str, progress: Pro
         done = distributed.as_the_first(True)
         return {} if done else _train_and_score(run, net, sources, folder, device, code, None)
     with locked(folder / ".lock"):  # two processes with the same run: the second finds the first one's record
+        for rest in folder.glob(".*.part*"):  # of files that a killed process was writing
+            rest.unlink(missing_ok=True)
         record = read_record(folder / "record.json") if (folder / "record.json").is_file() else None
         found = record and (record["provenance"]["code_digest"], record["data"]["digest"])
         if distributed.as_the_first(found == (code, sources.digest)):

@@ -7,11 +7,12 @@ import pytest
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the drill on SLURM, which installs packages and starts daemons, unless it is asked for by name."""
-    drills = [item for item in items if item.get_closest_marker("slurm")]
-    if drills and "slurm" not in config.option.markexpr:
-        config.hook.pytest_deselected(items=drills)
-        items[:] = [item for item in items if item not in drills]
+    """Leave out what runs on request: the drill on SLURM, which starts daemons, and the longer of the other drills."""
+    for marker in ("slurm", "drill"):
+        asked = [item for item in items if item.get_closest_marker(marker)]
+        if asked and marker not in config.option.markexpr:
+            config.hook.pytest_deselected(items=asked)
+            items[:] = [item for item in items if item not in asked]
 
 
 @pytest.fixture(scope="session")
