@@ -44,7 +44,7 @@ TRANSPARENT = {
     "glossary",
 }
 CODE = {"code", "code-block", "sourcecode"}
-DROPPED = {"tableofcontents", "bibliography", "contents"}
+DROPPED = {"tableofcontents", "bibliography", "contents", "nb-exec-table"}
 
 
 @dataclass(frozen=True)
