@@ -154,14 +154,15 @@ def read_json(path: str | Path, *, format: str, version: int = 1) -> Any:
 
 
 def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write weights as safetensors, with their digest and `metadata` (strings) in the header.
+    """Write weights as safetensors, with `metadata` (strings), their digest and one of both in the header.
 
     Raises `UserError` where the `safetensors` package is missing (a bare machine can train without it).
     """
     save_file = _safetensors("save_file")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    about = {**metadata, "digest": digest_tensors(tensors)}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={**metadata, "digest": digest_tensors(tensors)})
+        save_file(tensors, temporary, metadata=about | {"seal": _seal(about)})
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -179,9 +180,14 @@ def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # the package raises several kinds for a damaged header
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-    if metadata.get("digest") != digest_tensors(tensors):
+    if (metadata.get("digest"), metadata.get("seal")) != (digest_tensors(tensors), _seal(metadata)):
         raise UserError(f"{path}: damaged, or not written by d3lib (no matching digest in its header)")
     return tensors, metadata
+
+
+def _seal(metadata: Mapping[str, str]) -> str:
+    """The digest of all else that a weights file says of itself: a depth range of 90 for 10 is damage too."""
+    return digest_json({name: text for name, text in metadata.items() if name != "seal"})
 
 
 def _safetensors(function: str) -> Any:

@@ -40,7 +40,7 @@ def read_parameters(text: str, pairs: Sequence[Sequence[str]]) -> dict[str, Any]
     """
     try:
         parameters = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read parameters from {text}: {error}") from error
     if not isinstance(parameters, dict):
         raise UserError(f"{text}: must hold a JSON object of parameters, not a {type(parameters).__name__}")

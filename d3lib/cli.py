@@ -283,13 +283,13 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from d3lib.artefacts import load_weights
+    from d3lib.evaluation import load_network
     from d3lib.results import text_table
     from d3lib.scoring import score_weights
 
-    made = load_weights(options.weights)[1]
+    made = load_network(options.weights)[1]
     for name in ("height", "width"):  # evaluate at the size the network was trained at, unless told otherwise
-        if getattr(options, name) is None and name in made:
+        if getattr(options, name) is None:
             setattr(options, name, int(made[name]))
     run = _run_of(options)
     out = options.out / run.budget

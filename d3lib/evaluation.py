@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from d3lib.metrics import DepthMetrics, Protocol
 from d3lib.models import D3Net
 from d3lib.training import autocast
 
+MAX_SIDE = 4096  # pixels; no network here was trained at more
 Predictor = Callable[[Tensor], Tensor]
 Scores = dict[str, dict[str, float | None]]
 
@@ -122,9 +124,12 @@ def load_network(path: str | Path, device: str = "cpu") -> tuple[D3Net, dict[str
     if not {"encoder", "max_depth", "height", "width", "trained_on"} <= metadata.keys():
         raise UserError(f"{path}: these weights do not say which network they are for (no encoder in the header)")
     try:
+        max_depth, sides = float(metadata["max_depth"]), [int(metadata[name]) for name in ("height", "width")]
+        if not (0 < max_depth < math.inf and 32 <= min(sides) <= max(sides) <= MAX_SIDE):
+            raise ValueError(f"a range of {max_depth} m at {sides[0]}x{sides[1]}")
         net = D3Net(
             metadata["encoder"],
-            max_depth=float(metadata["max_depth"]),
+            max_depth=max_depth,
             skips=metadata.get("skips", "True") == "True",
             pooling=metadata.get("pooling", "conv"),
             output=metadata.get("output", "linear"),

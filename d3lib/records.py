@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -10,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3lib.artefacts import atomic_write, read_json
+from d3lib.artefacts import read_json, write_json
 from d3lib.errors import UserError
 from d3lib.provenance import TRAINING_CODE, code_digest
 
 RECORD, RECORD_VERSION = "d3lib-record", 1
+STATE = "d3lib-state"
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -30,16 +30,16 @@ class State:
 
     def write(self, state: str, error: str = "") -> None:
         """Write `state.json`."""
-        with atomic_write(self.folder / "state.json") as file:
-            json.dump({"state": state, "error": error, "pid": os.getpid(), "host": platform.node()}, file)
+        content = {"state": state, "error": error, "pid": os.getpid(), "host": platform.node()}
+        write_json(self.folder / "state.json", content, format=STATE)
 
     def read(self) -> tuple[str, str]:
         """(state, error); a run said to be running whose process is gone is "interrupted"."""
         try:
-            found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
-            state, error, pid = found["state"], found["error"], int(found["pid"])
-            here = found.get("host") == platform.node()
-        except (OSError, ValueError, KeyError, TypeError):
+            found = read_json(self.folder / "state.json", format=STATE)
+            state, error, pid = found["state"], found["error"], found["pid"]
+            here = found["host"] == platform.node()
+        except UserError:  # missing or damaged: the record says the rest
             state, error, pid, here = "done", "", 0, True
         if state == "done":
             return self._done()

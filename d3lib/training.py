@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -287,20 +288,26 @@ def _load_checkpoint(
 ) -> int:
     """Restore everything in place and return the step reached."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not look at them when it reads
+            if archive.testzip() or any(member.compress_type for member in archive.infolist()):
+                raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = (state["version"], state["identity"])
     except Exception as error:  # a damaged archive raises many kinds
         raise UserError(f"{path}: not a readable checkpoint; delete it to start this run afresh") from error
     if found != (CHECKPOINT_VERSION, identity):
         raise UserError(f"{path}: belongs to another run or other training code; delete it to start afresh")
-    net.load_state_dict(state["net"])
-    optimiser.load_state_dict(state["optimiser"])
-    scaler.load_state_dict(state["scaler"])
-    if opponent is not None:
-        opponent.net.load_state_dict(state["adversary"])
-        opponent.optimiser.load_state_dict(state["adversary_optimiser"])
-    vars(trace).update(state["trace"])
-    return int(state["step"])
+    try:
+        net.load_state_dict(state["net"])
+        optimiser.load_state_dict(state["optimiser"])
+        scaler.load_state_dict(state["scaler"])
+        if opponent is not None:
+            opponent.net.load_state_dict(state["adversary"])
+            opponent.optimiser.load_state_dict(state["adversary_optimiser"])
+        vars(trace).update(vars(Trace(**state["trace"])))
+        return int(state["step"])
+    except Exception as error:  # names, shapes or types that are not those of this run
+        raise UserError(f"{path}: does not fit this network; delete it to start this run afresh") from error
 
 
 def progress_line() -> Callable[[str], None]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import math
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -67,11 +70,12 @@ class RoomsStore:
 
     def open(self, progress: Callable[[str], None] | None = None) -> shards.Store:
         """The store, rendered first if it is missing or was rendered by other code."""
-        if store := shards.open_if_from(self.folder, self.source):
-            return store
-        frames = rooms.frames(self.split, scenes=self.scenes, views=self.views)
-        names = [f"{seed}-{view:04d}" for seed, view in frames]
-        return shards.write_store(self.folder, self._rendered(frames, progress), source=self.source, names=names)
+        with _found_or_alone(self.folder, self.source) as store:
+            if store is not None:
+                return store
+            frames = rooms.frames(self.split, scenes=self.scenes, views=self.views)
+            names = [f"{seed}-{view:04d}" for seed, view in frames]
+            return shards.write_store(self.folder, self._rendered(frames, progress), source=self.source, names=names)
 
     def _rendered(
         self, frames: list[tuple[int, int]], progress: Callable[[str], None] | None
@@ -106,11 +110,12 @@ class FilledRooms:
 
     def open(self, progress: Callable[[str], None] | None = None) -> shards.Store:
         """The store, made first if it is missing or outdated, from its set, which is rendered if need be."""
-        if store := shards.open_if_from(self.folder, self.source):
-            return store
-        sensor = self.of.open(progress)
-        names = list(sensor.names[: self.frames])
-        return shards.write_store(self.folder, self._filled(sensor, progress), source=self.source, names=names)
+        with _found_or_alone(self.folder, self.source) as store:
+            if store is not None:
+                return store
+            sensor = self.of.open(progress)
+            names = list(sensor.names[: self.frames])
+            return shards.write_store(self.folder, self._filled(sensor, progress), source=self.source, names=names)
 
     def _filled(self, sensor: shards.Store, progress: Callable[[str], None] | None) -> Iterator[Mapping[str, Tensor]]:
         with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -152,9 +157,20 @@ class FolderStore:
         pairs = FolderRGBD(self.pictures, self.split, size=size, max_depth=self.max_depth)
         if progress is not None:
             progress(f"{self.pictures}: {pairs.report}")
-        with locked(self.root / f".{self.folder.name}.lock"):
-            found = shards.open_if_from(self.folder, pairs.source)
+        with _found_or_alone(self.folder, pairs.source) as found:
             return _in_memory_if_small(found) if found else pairs.to_store(self.folder)
+
+
+@contextlib.contextmanager
+def _found_or_alone(folder: Path, source: Mapping[str, Any]) -> Iterator[shards.Store | None]:
+    """The store made from `source`, where it is there (it may be read-only); else None, while no one else makes it."""
+    if found := shards.open_if_from(folder, source):
+        yield found
+        return
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        for rest in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):  # a killed process had begun it
+            shutil.rmtree(rest, ignore_errors=True)
+        yield shards.open_if_from(folder, source)
 
 
 def open_nyu(root: Path, name: str, height: int, width: int) -> shards.Store:
