@@ -662,7 +662,7 @@ def committed_records(folder: Path) -> list[dict[str, Any]]:
                 artefact = json.loads(line)
                 kind = (artefact["format"], artefact["version"])
                 whole = digest_json(artefact["content"]) == artefact["digest"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not a record; write the file again") from error
             if kind != (RECORD, RECORD_VERSION) or not whole:
                 raise UserError(f"{path}, line {number}: damaged or of another version; write the file again")

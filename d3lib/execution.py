@@ -297,9 +297,13 @@ def _execute(run: Run, folder: Path, data_root: Path, device: str, progress: Pro
             rest.unlink(missing_ok=True)
         record = read_record(folder / "record.json") if (folder / "record.json").is_file() else None
         found = record and (record["provenance"]["code_digest"], record["data"]["digest"])
-        if distributed.as_the_first(found == (code, sources.digest)):
-            return record
         state = State(folder)
+        if distributed.as_the_first(found == (code, sources.digest)):
+            for rest in folder.glob("checkpoint*.pt"):  # killed between its record and its end
+                rest.unlink(missing_ok=True)
+            if state.read()[0] != "done":
+                state.write("done")
+            return record
         state.write("running")
         try:
             record = _train_and_score(run, net, sources, folder, device, code, progress)

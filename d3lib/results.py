@@ -56,7 +56,7 @@ def runs_of(budget: str, out: Path, only: str | None = None) -> dict[str, Run]:
     try:
         plan = json.loads((out / budget / "plan.json").read_text(encoding="utf-8"))
         root = Path(plan["data_root"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         root = out / "data"
     return all_runs(budget, only, source_of(budget, root))
 

@@ -92,6 +92,6 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(drill, loss, tmp_pa
                 drill.note("kills")
                 state = State(out / run.key).read()[0]
                 assert state in ("not run", "interrupted", "done"), state
-            assert result(out / run.key) == whole
+            assert result(out / run.key) == whole and State(out / run.key).read()[0] == "done"
             left = sorted(path.name for path in (out / run.key).iterdir())
             assert left == sorted(path.name for path in (tmp_path / "whole" / run.key).iterdir())
