@@ -49,8 +49,10 @@ def measure(run: Run, device: str) -> dict[str, float]:
         options = {"steps": steps, "adversary": adversary, "device": device, "precision": precision, "evaluations": 1}
         return fit(net, build_loss("l1"), batches, **options).seconds / steps
 
-    first = train(1)
-    step = train(max(1, min(20, int(ENOUGH / first))))
+    train(1)
+    step = train(1)
+    if step < ENOUGH / 2:
+        step = train(min(20, int(ENOUGH / step)))
     predict = as_predictor(net, device, precision)
     start = time.perf_counter()
     predict(batch["rgb"]).cpu()
