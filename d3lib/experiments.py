@@ -401,6 +401,9 @@ def manifest(budget: str, data: str | None = None) -> dict[str, Item]:
     )
     equal_epochs = max(1, round(row.beyond_steps * row.views["795"] / row.views["12k"]))
     real = data or row.data
+    parts = [math.ceil(row.train_scenes * share) for share in (0.25, 0.5, 0.75)]
+    most_views = max(row.views.values())
+    fewer = [count for count in parts if real == "rooms" and row.frames("12k") <= count * most_views][:2]
     items = [
         Item("fig2", "How do error and accuracy change with the loss and the training-set size?", grid, "fig2"),
         Item("fig3", "How fast does each loss converge on each training set?", grid, "fig3"),
@@ -429,8 +432,7 @@ def manifest(budget: str, data: str | None = None) -> dict[str, Item]:
              runs(("l1", "l2"), target="sensor") if real == "nyu" else
              (*runs(("l1", "l2"), target="filled"), *runs(("l1", "l2"), target="exact")), "beyond"),
         *([Item("scenes", "As many frames from fewer scenes: what makes a training set large?",
-                (*runs(("l1",), scenes=max(1, row.train_scenes // 4)),
-                 *runs(("l1",), scenes=max(1, row.train_scenes // 2))), "beyond")] if real == "rooms" else []),
+                tuple(run for count in fewer for run in runs(("l1",), scenes=count)), "beyond")] if fewer else []),
         Item("decoder", "Is it the encoder or the wider decoder that tells ResNet-50 from DenseNet-121?",
              tuple(dataclasses.replace(run, encoder="resnet50_narrow") for run in encoders
                    if run.encoder == "resnet50" and run.loss in ("l1", "eigen", "gan")), "beyond"),

@@ -56,6 +56,16 @@ def test_every_run_beyond_the_paper_differs_from_a_run_of_the_paper_in_one_thing
                     assert min(sum(run[name] != other[name] for name in run) for other in grid) == 1, (item.name, run)
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_run_of_a_budget_finds_its_frames(budget):
+    from d3lib.execution import frames_of
+
+    for run in all_runs(budget, data="rooms").values():
+        frames = frames_of(run)
+        assert len(set(frames)) == len(frames) == BUDGETS[budget].frames(run.train_set)
+        assert max(frames) < BUDGETS[budget].train_scenes * max(BUDGETS[budget].views.values())
+
+
 def test_equal_epochs_means_as_many_epochs_as_the_middle_set_has():
     row = BUDGETS["study"]
     for run in manifest("study")["epochs"].runs:
