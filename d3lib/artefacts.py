@@ -56,6 +56,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+    except OSError as error:  # a full disk does not say of which file it speaks
+        raise error if error.filename or not error.errno else OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -156,13 +158,17 @@ def read_json(path: str | Path, *, format: str, version: int = 1) -> Any:
 def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write weights as safetensors, with `metadata` (strings), their digest and one of both in the header.
 
-    Raises `UserError` where the `safetensors` package is missing (a bare machine can train without it).
+    Raises `UserError` where the `safetensors` package is missing (a bare machine can train without it), and `OSError`
+    where the file cannot be written.
     """
     save_file = _safetensors("save_file")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     about = {**metadata, "digest": digest_tensors(tensors)}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=about | {"seal": _seal(about)})
+        try:
+            save_file(tensors, temporary, metadata=about | {"seal": _seal(about)})
+        except Exception as error:  # the package's own kind, whatever the system said
+            raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

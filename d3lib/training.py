@@ -273,8 +273,14 @@ def _save_checkpoint(
             "adversary": opponent.net.state_dict(),
             "adversary_optimiser": opponent.optimiser.state_dict(),
         }
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    try:
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
+        reason = error.strerror if isinstance(error, OSError) else "the disk is full or fails"
+        raise UserError(
+            f"{path}: a checkpoint cannot be written ({reason}); mend that, and the same command goes on from the last"
+        ) from error
 
 
 def _load_checkpoint(

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from d3lib.artefacts import load_weights, read_json
+from d3lib.artefacts import load_weights, read_json, write_json
 from d3lib.data import raw, shards
 from d3lib.data.shards import open_store
 from d3lib.errors import UserError
 from d3lib.evaluation import load_network
 from d3lib.execution import execute, open_sources
 from d3lib.experiments import make_run
+from d3lib.gate import read_gate, write_gate
 from d3lib.losses import build_loss
 from d3lib.models import D3Net, PatchDiscriminator
 from d3lib.records import State, read_record
@@ -56,6 +57,10 @@ def made(tmp_path_factory):
     train(place / "checkpoint.pt", 1)
     shutil.copy(place / "checkpoint.pt", place / "checkpoint.sound")
 
+    throughput = place / "throughput.json"
+    write_json(throughput, {"x": {"step": 0.1, "image": 0.01}}, format="d3lib-throughput")
+    write_gate(place / "gate.json", {"measured": {"d1": 0.7}, "outcome": {"d1": True}})
+
     def frames():
         shards._open_shard.cache_clear()  # as in a new process
         found = open_store(store)
@@ -83,20 +88,14 @@ def made(tmp_path_factory):
         "weights": (folder / "weights.safetensors", network),
         "predictions": (folder / "predictions.npz", pictures),
         "baselines": (baselines, lambda: read_json(baselines, format="d3lib-baselines")),
+        "throughput": (throughput, lambda: read_json(throughput, format="d3lib-throughput")),
+        "gate": (place / "gate.json", lambda: read_gate(place / "gate.json")),
         "state": (folder / "state.json", lambda: State(folder).read()),
     }
 
 
-KINDS = ("store.json", "shard", "record", "checkpoint", "weights", "predictions", "baselines", "state")
-FOUND = (
-    UserError,
-    zipfile.BadZipFile,
-    ValueError,
-    KeyError,
-    EOFError,
-    OSError,
-    zlib.error,
-)  # of a notebook's own np.load
+KINDS = "store.json shard record checkpoint weights predictions baselines state throughput gate".split()
+FOUND = (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError)  # by a notebook's own np.load
 
 
 @pytest.mark.parametrize("kind", KINDS)
