@@ -147,6 +147,10 @@ def _fetch(dataset: Any, steps: Iterator[list[int]], workers: int, device: str |
         yield from loader
     except UserError as error:  # from a worker it comes wrapped in the text of its traceback
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("d3lib.errors.UserError: ")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError("a process that was reading data was killed; the same command goes on") from error
 
 
 def _collate(samples: Any) -> Batch:

@@ -9,7 +9,7 @@ import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,14 @@ def _found_or_alone(folder: Path, source: Mapping[str, Any]) -> Iterator[shards.
     with locked(folder.with_name(f".{folder.name}.lock")):
         for rest in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):  # a killed process had begun it
             shutil.rmtree(rest, ignore_errors=True)
-        yield shards.open_if_from(folder, source)
+        try:
+            yield shards.open_if_from(folder, source)
+        except RuntimeError as error:
+            if not (isinstance(error, BrokenExecutor) or "DataLoader worker" in str(error)):
+                raise
+            raise UserError(
+                f"{folder}: a process that was making it was killed; the same command tries again"
+            ) from error
 
 
 def open_nyu(root: Path, name: str, height: int, width: int) -> shards.Store:
