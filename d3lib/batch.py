@@ -19,7 +19,7 @@ from d3lib.costs import plan_text
 from d3lib.errors import UserError
 from d3lib.experiments import Run, all_runs
 from d3lib.records import State
-from d3lib.results import source_of
+from d3lib.results import read_plan, source_of
 from d3lib.training import pick_device
 
 SNAKEFILE = Path(__file__).resolve().parent / "workflow" / "Snakefile"
@@ -126,6 +126,7 @@ def reproduce(
     *,
     out: Path,
     data_root: Path | None = None,
+    pictures: Path | None = None,
     only: str | None = None,
     cores: int | None = None,
     dry_run: bool = False,
@@ -137,14 +138,15 @@ def reproduce(
     Args:
         data_root: where prepared data lie or will lie; default `out/data`. A budget for NYU Depth V2 takes rooms where
             NYU is not prepared there.
+        pictures: a folder of real RGB-D pairs (see `d3lib.data.folder`), to try the transfer to them.
         dry_run: print the plan and what it costs, and do nothing.
         prepare: fetch ImageNet weights and make the data alone, so that machines without internet can do the rest.
 
     Returns 0 if all of it is done, 1 if something failed (the rest is done all the same).
     Raises `UserError` for an unknown budget or item, outside a clone, or while another batch works in `out`.
     """
-    plan = make_plan(budget, out, data_root, only)
-    runs = all_runs(budget, only, plan["data"])
+    plan = make_plan(budget, out, data_root, only, pictures)
+    runs = all_runs(budget, only, plan["data"], plan["pictures"])
     if not (PROJECT / "book").is_dir():
         raise UserError(f"{PROJECT / 'book'}: the notebooks are not there; run from a clone of the repository")
     place = out.resolve() / budget
@@ -173,6 +175,7 @@ def work_through(
     *,
     out: Path,
     data_root: Path | None = None,
+    pictures: Path | None = None,
     only: str | None = None,
     minutes: float = math.inf,
     jobs: int | None = None,
@@ -185,14 +188,16 @@ def work_through(
 
     Returns 0 if everything that was started ended well, else 1.
     """
-    plan = make_plan(budget, out, data_root, only)
+    plan = make_plan(budget, out, data_root, only, pictures)
     place, deadline = out.resolve() / budget, time.monotonic() + minutes * 60
     with locked(place / ".batch.lock", wait=False):
         with atomic_write(place / "plan.json") as file:
             json.dump(plan | {"out": str(place)}, file)
-        waiting = [key for key in all_runs(budget, only, plan["data"]) if State(place / key).read()[0] != "done"]
+        runs = all_runs(budget, only, plan["data"], plan["pictures"])
+        waiting = [key for key in runs if State(place / key).read()[0] != "done"]
         count = jobs or (1 if pick_device(device).startswith("cuda") else os.cpu_count() or 1)
         command = [sys.executable, "-m", "d3lib", "train", "--out", str(out), "--data-root", plan["data_root"]]
+        command += ["--pictures", plan["pictures"]] if plan["pictures"] else []
         threads = str(max(1, (os.cpu_count() or 1) // count))
         environment = {"OMP_NUM_THREADS": threads} | os.environ
         working: dict[str, subprocess.Popen[bytes]] = {}
@@ -223,10 +228,22 @@ def work_through(
         return int(failed > 0)
 
 
-def make_plan(budget: str, out: Path, data_root: Path | None = None, only: str | None = None) -> dict[str, Any]:
-    """What a batch works on: {budget, only, data_root, data}; see `results.source_of`."""
-    root = (data_root or out / "data").resolve()
-    return {"budget": budget, "only": only, "data_root": str(root), "data": source_of(budget, root)}
+def make_plan(
+    budget: str,
+    out: Path,
+    data_root: Path | None = None,
+    only: str | None = None,
+    pictures: Path | None = None,
+) -> dict[str, Any]:
+    """What a batch works on: {budget, only, data_root, data, pictures}; see `results.source_of`.
+
+    Folders of a former plan in the same place are kept where none are given.
+    """
+    former = read_plan(budget, out)
+    root = (data_root or Path(former.get("data_root", out / "data"))).resolve()
+    folder = str(pictures.resolve()) if pictures else former.get("pictures")
+    where = {"data_root": str(root), "data": source_of(budget, root), "pictures": folder}
+    return {"budget": budget, "only": only} | where
 
 
 def fetch_encoders(runs: Iterable[Run]) -> None:

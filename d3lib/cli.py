@@ -84,6 +84,7 @@ def build_parser() -> Parser:
 
     train = _command(commands, "train", _train, "do one run: train, evaluate, write its record")
     train.add_argument("--run", metavar="KEY", help="a run of a budget's manifest, instead of flags for its fields")
+    train.add_argument("--pictures", type=Path, metavar="DIR", help="with --run: the batch's real RGB-D pairs")
     train.add_argument("--data-root", type=Path, metavar="DIR", help="prepared data (default: OUT/data)")
     _add_run_flags(train)
     _add_places(train)
@@ -106,6 +107,7 @@ def build_parser() -> Parser:
     reproduce.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and run nothing")
     reproduce.add_argument("--prepare", action="store_true", help="only fetch weights and make the data")
     reproduce.add_argument("--data", type=Path, metavar="DIR", help="where prepared data lie (default: OUT/data)")
+    reproduce.add_argument("--pictures", type=Path, metavar="DIR", help="real RGB-D pairs: also try transfer to them")
     reproduce.add_argument("--profile", type=Path, help="a Snakemake profile folder (a cluster, for example)")
     bare = reproduce.add_argument_group("without the engine, on a bare machine: no notebooks, no figures")
     bare.add_argument("--no-engine", action="store_true", help="work through the runs in the order of the manifest")
@@ -274,7 +276,7 @@ def _train(options: argparse.Namespace) -> None:
         given = [f.name for f in dataclasses.fields(Run) if getattr(options, f.name) is not None]
         if given:
             raise UserError(f"--run names every field of a run; leave --{given[0].replace('_', '-')} out")
-        run = find_run(options.run)
+        run = find_run(options.run, options.pictures and str(options.pictures.resolve()))
     out = options.out / run.budget
     data = options.data_root or options.out / "data"
     record = execute(run, out, data, device=options.device, progress=progress_line())
@@ -308,7 +310,7 @@ def _predict(options: argparse.Namespace) -> None:
 def _reproduce(options: argparse.Namespace) -> int:
     from d3lib.batch import reproduce, work_through
 
-    places = {"out": options.out, "data_root": options.data, "only": options.only}
+    places = {"out": options.out, "data_root": options.data, "pictures": options.pictures, "only": options.only}
     if options.no_engine:
         if options.profile or options.prepare or options.dry_run or options.cores:
             raise UserError("--no-engine knows no --profile, --prepare, --dry-run or --cores; leave them out")

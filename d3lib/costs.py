@@ -23,6 +23,7 @@ from d3lib.losses import build_loss
 from d3lib.models import PatchDiscriminator
 from d3lib.provenance import TRAINING_CODE, code_digest, device_name
 from d3lib.records import read_record
+from d3lib.results import choice_of
 from d3lib.training import fit, pick_device, pick_precision
 
 ENOUGH = 1.0  # seconds of timed steps, after one step that warms up
@@ -128,7 +129,7 @@ def plan_text(budget: str, runs: Iterable[Run], out: Path, device: str = "auto")
         return "every run is done"
     seconds = seconds_of(todo.values(), out, device)
     lines, counted = [], set[str]()
-    for name, item in manifest(budget, next(iter(todo.values())).data).items():
+    for name, item in manifest(budget, **choice_of(budget, out)).items():
         new = [run.key for run in item.runs if run.key in todo and run.key not in counted]
         counted |= set(new)
         if new:

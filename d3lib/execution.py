@@ -280,11 +280,14 @@ def _in_processes(run: Run, out: Path, data_root: Path, device: str, progress: P
 def _execute(run: Run, folder: Path, data_root: Path, device: str, progress: Progress | None) -> dict[str, Any]:
     """`execute`, in each of the run's processes."""
     with distributed.first_alone():
-        net = build_network(run)  # before the data: weights that do not fit should not cost minutes of rendering
+        net = build_network(
+            run, folder.parent
+        )  # before the data: weights that do not fit should not cost minutes of rendering
         sources = open_sources(run, data_root, progress)
     if run.init:  # the file's content is part of what the result depends on, not only its name
-        inputs = digest_json([sources.digest, digest_file(run.init)])
-        before = load_weights(run.init)[1].get("trained_on", "data unknown")
+        start = initial_weights(run, folder.parent)
+        inputs = digest_json([sources.digest, digest_file(start)])
+        before = load_weights(start)[1].get("trained_on", "data unknown")
         sources = dataclasses.replace(
             sources, digest=inputs, description=f"{sources.description} (before that: {before})"
         )
@@ -479,12 +482,18 @@ def _pixel_loss(run: Run) -> Callable[..., Tensor]:
     return build_loss(run.loss, run.variant, **options)
 
 
-def build_network(run: Run) -> D3Net:
-    """The run's network with its initial weights: by seed alone, or from `run.init`."""
+def initial_weights(run: Run, place: Path) -> Path:
+    """The file that `run.init` names; `place` is the folder of the batch's runs."""
+    key = run.init.removeprefix("run:")
+    return Path(run.init) if key == run.init else place / key / "weights.safetensors"
+
+
+def build_network(run: Run, place: Path = Path()) -> D3Net:
+    """The run's network with its initial weights: by seed alone, or from `run.init` (see `initial_weights`)."""
     shape = {name: getattr(run, name) for name in ("skips", "pooling", "output")}
     net = D3Net(run.encoder, pretrained=run.pretrained, max_depth=run.max_depth, seed=run.seed, **shape)
     if run.init:
-        weights, _ = load_weights(run.init)
+        weights, _ = load_weights(initial_weights(run, place))
         try:
             net.load_state_dict(weights)
         except RuntimeError as error:

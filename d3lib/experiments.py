@@ -44,7 +44,7 @@ class Run:
     skips: bool = _doc(True, "the decoder sees the encoder's features")
     pooling: str = _doc("conv", "after the stem: conv, the paper's 4x4 convolution, or max, the encoder's own pooling")
     output: str = _doc("linear", "what the last layer stands for: depth (linear) or its logarithm (log)")
-    init: str = _doc("", "start the whole network from this weights file (safetensors); empty for none")
+    init: str = _doc("", "start from these weights: a file (safetensors), or run:KEY of the same batch; empty for none")
     train_set: str = _doc("12k", "795, 12k or 230k; on rooms: the nested set that stands for it")
     scenes: int = _doc(0, "rooms: the same number of frames from so many scenes; 0: from all of the budget's")
     target: str = _doc("sensor", "train on the sensor's depth where valid, on it filled, or (rooms) on exact depth")
@@ -344,6 +344,7 @@ FIGURE_PAGES: Mapping[str, str] = types.MappingProxyType(
     }
 )
 """The notebooks that draw figures and tables from records, below `book/`; each takes the parameter `budget`."""
+HELD_OUT = 16  # pairs of a folder of real pictures that test the transfer to them
 OVERVIEWS = ("claims", "results")  # the pages that read every run
 
 
@@ -362,11 +363,12 @@ class Item:
         return self.page == "beyond"
 
 
-def manifest(budget: str, data: str | None = None) -> dict[str, Item]:
+def manifest(budget: str, data: str | None = None, pictures: str | None = None) -> dict[str, Item]:
     """The runs behind each figure, table and question at the given budget; one run may serve several.
 
     Args:
         data: take the budget's runs on this data source instead of its own (rooms where NYU is absent).
+        pictures: a folder of real RGB-D pairs; with it comes the question of transfer to them.
 
     The order is that of what they teach per hour of computing: the main grid, then Figure 5, then what the paper lacks.
     """
@@ -436,18 +438,31 @@ def manifest(budget: str, data: str | None = None) -> dict[str, Item]:
         Item("decoder", "Is it the encoder or the wider decoder that tells ResNet-50 from DenseNet-121?",
              tuple(dataclasses.replace(run, encoder="resnet50_narrow") for run in encoders
                    if run.encoder == "resnet50" and run.loss in ("l1", "eigen", "gan")), "beyond"),
+        *([Item("transfer", "Does a network trained on the batch's data learn real pictures better than a new one?",
+                _transfer(grid, pictures, row, points), "beyond")] if pictures else []),
         *([Item("pretraining", "What do ImageNet weights bring?",
                 runs(("l1", "gan"), pretrained=not row.pretrained), "beyond")] if row.encoder != "tiny" else []),
     ]  # fmt: skip
     return {item.name: item for item in items}
 
 
-def all_runs(budget: str, only: str | None = None, data: str | None = None) -> dict[str, Run]:
+def _transfer(grid: Iterable[Run], pictures: str, row: Budget, points: int) -> tuple[Run, ...]:
+    """Runs on real pictures, from random weights and from those of the middle set's run of the same loss and seed."""
+    before = [run for run in grid if run.train_set == "12k" and run.loss in ("l1", "eigen", "gan")]
+    shared = {"data": f"folder:{pictures}", "hold_out": HELD_OUT, "target": "sensor", "pretrained": False}
+    shared |= {"steps": row.beyond_steps, "evaluations": points}
+    starts = [(run, init) for run in before if run.seed < row.beyond_seeds for init in ("", f"run:{run.key}")]
+    return tuple(dataclasses.replace(run, init=init, **shared) for run, init in starts)
+
+
+def all_runs(
+    budget: str, only: str | None = None, data: str | None = None, pictures: str | None = None
+) -> dict[str, Run]:
     """The budget's runs by key, each once, in the manifest's order; `only` keeps those of one item or of one page.
 
     Raises `UserError` for an unknown item.
     """
-    items = manifest(budget, data)
+    items = manifest(budget, data, pictures)
     chosen = items.values() if only in (None, *OVERVIEWS) else [i for i in items.values() if only in (i.name, i.page)]
     if not chosen:
         names = dict.fromkeys([*items, *FIGURE_PAGES])
@@ -455,18 +470,20 @@ def all_runs(budget: str, only: str | None = None, data: str | None = None) -> d
     return {run.key: run for item in chosen for run in item.runs}
 
 
-def pages_of(budget: str, only: str | None = None, data: str | None = None) -> dict[str, list[str]]:
+def pages_of(
+    budget: str, only: str | None = None, data: str | None = None, pictures: str | None = None
+) -> dict[str, list[str]]:
     """The pages that show the budget's runs, or those of `only`, each with the keys of the runs it reads."""
-    items = manifest(budget, data)
+    items = manifest(budget, data, pictures)
     pages = {page for item in items.values() if only in (None, item.name, item.page) for page in [item.page]}
     pages |= {name for name in OVERVIEWS if only in (None, name)}
-    return {name: list(all_runs(budget, name, data)) for name in FIGURE_PAGES if name in pages}
+    return {name: list(all_runs(budget, name, data, pictures)) for name in FIGURE_PAGES if name in pages}
 
 
-def find_run(key: str) -> Run:
+def find_run(key: str, pictures: str | None = None) -> Run:
     """The run of any budget's manifest with this key. Raises `UserError` if there is none."""
     for budget, row in BUDGETS.items():
         for data in dict.fromkeys((None, "rooms" if row.data == "nyu" else None)):
-            if run := all_runs(budget, data=data).get(key):
+            if run := all_runs(budget, data=data, pictures=pictures).get(key):
                 return run
     raise UserError(f"no budget has a run {key!r}; `d3lib status --budget B --all` lists a budget's runs")

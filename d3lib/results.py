@@ -53,12 +53,23 @@ def source_of(budget: str, data_root: Path) -> str:
 
 def runs_of(budget: str, out: Path, only: str | None = None) -> dict[str, Run]:
     """A budget's runs by key, on the data that its batch in `out` works on."""
+    return all_runs(budget, only, **choice_of(budget, out))
+
+
+def read_plan(budget: str, out: Path) -> dict[str, Any]:
+    """What the batch in `out` was last told to work on (see `batch.make_plan`); empty if that is not to be read."""
     try:
         plan = json.loads((out / budget / "plan.json").read_text(encoding="utf-8"))
-        root = Path(plan["data_root"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        root = out / "data"
-    return all_runs(budget, only, source_of(budget, root))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    names = ("data_root", "pictures")
+    return {name: plan[name] for name in names if isinstance(plan, dict) and isinstance(plan.get(name), str)}
+
+
+def choice_of(budget: str, out: Path) -> dict[str, str | None]:
+    """The data source, and the folder of real pictures if any, of the batch in `out`; arguments of `manifest`."""
+    plan = read_plan(budget, out)
+    return {"data": source_of(budget, Path(plan.get("data_root", out / "data"))), "pictures": plan.get("pictures")}
 
 
 def load_records(budget: str, out: Path, only: str | None = None) -> dict[str, dict[str, Any] | None]:
@@ -203,14 +214,18 @@ class Contrast:
 def contrasts(budget: str, out: Path, item: str, metric: str = "rms") -> list[Contrast]:
     """Every change that a question beyond the paper asks about, with paired differences; empty tuples: not run."""
     records = load_records(budget, out)
+    own = runs_of(budget, out, item)
     pool = [run for name in ("reference", "fig2", "fig5") for run in runs_of(budget, out, name).values()]
+    started = {run.init for run in own.values()} - {""}
+    pool = [run for run in own.values() if not run.init] if started else pool  # from scratch on the same pictures
     groups: dict[tuple[str, str, str], list[tuple[Run, Run]]] = {}
-    for run in runs_of(budget, out, item).values():
+    for run in own.values():
         rivals = [r for r in pool if (r.loss, r.train_set, r.seed) == (run.loss, run.train_set, run.seed)]
         if not rivals or run in rivals:
             continue
         closest = min(rivals, key=lambda rival: len(_changes(run, rival)))
         what = ", ".join(f"{name} {getattr(run, name)}" for name in _changes(run, closest))
+        what = "from the batch's weights" if run.init else what
         groups.setdefault((what, run.loss, run.train_set), []).append((run, closest))
     found = []
     for (what, loss, size), pairs in groups.items():
@@ -236,7 +251,7 @@ def status_text(budget: str, out: Path, only: str | None = None, every: bool = F
     if every:
         lines = [f"{state:<12} {key}{'  ' + error if error else ''}" for key, (state, error) in states.items()]
     else:
-        items = manifest(budget, next(iter(runs_of(budget, out, only).values())).data)
+        items = manifest(budget, **choice_of(budget, out))
         lines = []
         for name, item in items.items():
             if all(run.key in states for run in item.runs):

@@ -157,6 +157,20 @@ def test_other_initial_weights_under_the_same_name_are_another_run(place, tmp_pa
     assert ends[0] != ends[1]
 
 
+def test_a_run_can_start_from_another_of_its_batch(record, run, place):
+    """At a learning rate of nothing it predicts what that one does, on other data too."""
+    folder_of_pairs(place / "real", 8)
+    still = {"data": f"folder:{place / 'real'}", "hold_out": 3, "steps": 1, "learning_rate": 1e-30, "beta1": 0.0}
+    after = make_run("drill", loss="gan", train_set="12k", init=f"run:{run.key}", batch_size=2, **still)
+    found = execute(after, place / "drill", place / "data", device="cpu")
+    assert "before that: synthetic rooms" in found["data"]["description"]
+    first, then = (load_weights(place / "drill" / key / "weights.safetensors")[0] for key in (run.key, after.key))
+    convolutions = [name for name in first if "running" not in name and "batches" not in name]
+    assert all(torch.allclose(first[name], then[name], atol=1e-12, rtol=0) for name in convolutions)
+    with pytest.raises(UserError, match="no such weights file"):
+        execute(dataclasses.replace(after, init="run:l1-none"), place / "drill", place / "data", device="cpu")
+
+
 def test_another_number_of_frames_is_another_run(run, record, place, tmp_path, monkeypatch):
     fewer = dataclasses.replace(BUDGETS["drill"], views=BUDGETS["drill"].views | {"12k": 1})
     monkeypatch.setattr(execution, "BUDGETS", dict(BUDGETS) | {"drill": fewer})

@@ -56,6 +56,16 @@ def test_every_run_beyond_the_paper_differs_from_a_run_of_the_paper_in_one_thing
                     assert min(sum(run[name] != other[name] for name in run) for other in grid) == 1, (item.name, run)
 
 
+def test_real_pictures_bring_the_question_of_transfer_in_pairs():
+    assert "transfer" not in manifest("study")
+    runs = manifest("study", pictures="/pictures")["transfer"].runs
+    scratch, tuned = ([run for run in runs if bool(run.init) == with_init] for with_init in (False, True))
+    assert {run.data for run in runs} == {"folder:/pictures"}
+    assert [dataclasses.replace(run, init="") for run in tuned] == scratch
+    grid = {f"run:{run.key}": run for run in manifest("study")["fig2"].runs}
+    assert all((grid[run.init].loss, grid[run.init].seed) == (run.loss, run.seed) for run in tuned)
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_run_of_a_budget_finds_its_frames(budget):
     from d3lib.execution import frames_of
