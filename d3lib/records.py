@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d3lib.artefacts import read_json, write_json
 from d3lib.errors import UserError
+from d3lib.intervals import converged
 from d3lib.provenance import TRAINING_CODE, code_digest
 
 RECORD, RECORD_VERSION = "d3lib-record", 1
@@ -73,6 +74,14 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def _convergence(curve: Sequence[Mapping[str, Any]]) -> str:
+    """Whether the learning curve had come to rest, in words."""
+    end = converged(curve)
+    if end.converged is None or end.change is None:
+        return "unknown, the curve has too few points"
+    return f"{'yes' if end.converged else 'no'}, test RMSE changed by {end.change:+.1%} in the last fifth of the run"
+
+
 def model_card(record: Mapping[str, Any]) -> str:
     """A weights file's card in Markdown: what it is, what it was trained on, how good it is, what it is not for."""
     run, data, made = record["run"], record["data"], record["provenance"]
@@ -90,6 +99,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         f"- Trained on: {data['description']}, {run['steps']} steps of {run['batch_size']} images at "
         f"{run['height']}x{run['width']}, seed {run['seed']}; the weights of step {record['chosen_step']} did best on "
         "validation scenes.",
+        f"- Converged: {_convergence(record['curve'])}.",
         f"- ImageNet weights: {'yes' if run['pretrained'] else 'no'}; started from: {run['init'] or 'random weights'}.",
         f"- Made by commit {made['commit'] or 'unknown'}{' with changes' if made['dirty'] else ''} on "
         f"{made['device']}, finished {made['finished']}; weights digest {record['weights_digest'][:16]}.",
