@@ -405,7 +405,7 @@ def _train_and_score(
         return {}  # the first process has the curve, and scores
     if not trace.best_weights:
         raise UserError(f"{run.data}: no validation picture has a depth up to {run.max_depth:g} m; check the data")
-    part = {"train": CURVE_FRAMES}  # a set not named here is scored whole
+    part = {"train": min(CURVE_FRAMES, len(sources.frames["test"]))}  # a set not named here is scored whole
     last = {name: newest.get(name) or scores(name, net, part.get(name)) for name in sources.sets}
     chosen = last
     if trace.best_step != run.steps:

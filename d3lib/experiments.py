@@ -168,6 +168,7 @@ class Budget:
     ndf: int  # channels of the discriminator's first layer; the paper's is 64
     steps: int  # optimiser steps of one run of the main grid
     encoder_steps: int  # of the runs that compare encoders
+    encoder_size: tuple[int, int]  # their height and width, pixels
     beyond_steps: int  # of the runs that go beyond the paper
     train_scenes: int  # rooms: how many of the 249 training scenes
     views: Mapping[str, int]  # rooms: frames per scene of each nested training set
@@ -196,6 +197,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             ndf=8,
             steps=2,
             encoder_steps=1,
+            encoder_size=(32, 48),
             beyond_steps=1,
             train_scenes=4,
             views={"795": 1, "12k": 2, "230k": 3},
@@ -214,13 +216,14 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             width=128,
             pretrained=False,
             ndf=16,
-            steps=128,
+            steps=96,
             encoder_steps=2,
-            beyond_steps=16,
+            encoder_size=(48, 64),
+            beyond_steps=8,
             train_scenes=83,
             views={"795": 1, "12k": 4, "230k": 16},
-            val_scenes=12,
-            test_scenes=48,
+            val_scenes=8,
+            test_scenes=24,
             test_views=1,
             evaluations=4,
             seeds=1,
@@ -237,6 +240,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             ndf=16,
             steps=6000,
             encoder_steps=6000,
+            encoder_size=(96, 128),
             beyond_steps=6000,
             train_scenes=249,
             views={"795": 1, "12k": 15, "230k": 15},
@@ -257,6 +261,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             ndf=64,
             steps=12000,
             encoder_steps=12000,
+            encoder_size=(256, 320),
             beyond_steps=12000,
             train_scenes=249,
             views={"795": 1, "12k": 15, "230k": 290},
@@ -277,6 +282,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             ndf=64,
             steps=4000,
             encoder_steps=4000,
+            encoder_size=(256, 320),
             beyond_steps=4000,
             train_scenes=249,
             views={"795": 1, "12k": 15, "230k": 60},
@@ -297,6 +303,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             ndf=64,
             steps=350000,
             encoder_steps=350000,
+            encoder_size=(256, 320),
             beyond_steps=350000,
             train_scenes=249,
             views={"795": 3, "12k": 48, "230k": 924},
@@ -395,6 +402,7 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
     )
     largest = [run for run in grid if run.train_set == "230k"]
     few = {"steps": row.encoder_steps, "evaluations": 1 if row.encoder_steps < 50 else row.evaluations}
+    few |= dict(zip(("height", "width"), row.encoder_size, strict=True))
     encoders = tuple(
         make_run(budget, loss=loss, train_set="12k", encoder=encoder, seed=seed, data=data, **few)
         for seed in range(row.seeds)
