@@ -38,9 +38,9 @@ class State:
         """(state, error); a run said to be running whose process is gone is "interrupted"."""
         try:
             found = read_json(self.folder / "state.json", format=STATE)
-            state, error, pid = found["state"], found["error"], found["pid"]
+            state, error, pid = str(found["state"]), str(found["error"]), int(found["pid"])
             here = found["host"] == platform.node()
-        except UserError:  # missing or damaged: the record says the rest
+        except (UserError, KeyError, TypeError, ValueError, OverflowError):  # missing or damaged: the record says it
             state, error, pid, here = "done", "", 0, True
         if state == "done":
             return self._done()
@@ -67,7 +67,7 @@ def _alive(pid: int) -> bool:
     """Whether a process of this number runs on this machine."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
