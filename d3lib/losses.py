@@ -10,6 +10,8 @@ What all of them promise:
   operation here is one that autocast would narrow.
 - Depths enter logarithms clamped at 1e-3 m, so values and gradients are finite for |pred|, |target| <= 1e4.
   The gradient handed back to a float16 prediction saturates at that type's range.
+- Float32 is near float64, for depths from 1e-6 to 1e4 m and up to ten million pixels: within 1e-5 of the value for
+  the losses in metres, within 1e-5 (v + √v) + 1e-9 for those of logarithms, v being the value at λ = 0.
 - An invalid pixel contributes nothing, whatever it holds (NaN included). A batch without valid pixels gives
   a zero that is still attached to the graph and has zero gradients.
 - Nothing waits for the device: no value is read back to the host.

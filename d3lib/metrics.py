@@ -109,6 +109,9 @@ def _finish(sums: Tensor) -> Tensor:
 class DepthMetrics:
     """Accumulates metrics over batches, on any device, in float64, without waiting for the device.
 
+    For depths from 1e-6 to 1e4 m every metric is within 1e-10 of its definition, relative to its value; silog, the
+    root of a difference, within 1e-4 (of its per cent).
+
     It keeps ten numbers an image (`sums`); `compute` gives NaN for everything while no image has had a
     valid pixel.
     """
