@@ -2,12 +2,16 @@
 
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import time
 from pathlib import Path
 
+import yaml
 from docutils import nodes
+from jupyter_cache import get_cache
+from jupyter_cache.executors import load_executor
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.fileutil import copy_asset
@@ -46,6 +50,36 @@ def choose_cache(app: Sphinx, config) -> None:
         if cache.stat().st_mtime < time.time() - UNUSED_S:
             shutil.rmtree(cache, ignore_errors=True)
     config.nb_execution_cache_path = str(current)
+
+
+def execute_pages(app: Sphinx, config) -> None:
+    """Execute the pages that are not in the cache on all cores; Sphinx itself would do one after the other.
+
+    What fails here is executed again by Sphinx, which then reports it.
+    """
+    reader = {"type": "plugin", "name": "myst_nb_md"}  # as myst-nb reads them, or the cache would not match
+    cache = get_cache(config.nb_execution_cache_path)
+    pages = [Path(app.srcdir) / f"{page}.md" for page in chapters(Path(app.srcdir))]
+    todo = [str(page) for page in pages if "{code-cell}" in page.read_text(encoding="utf-8")]
+    for page in todo:
+        cache.add_nb_to_project(page, read_data=reader)
+    workers = len(cache.list_unexecuted(filter_uris=todo)) > 1
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each kernel: more get in each other's way
+    if workers:
+        executor = load_executor("local-parallel", cache, logger=logging.getLogger("jupyter_cache.quiet"))
+        executor.logger.setLevel(logging.CRITICAL)
+        executor.run_and_cache(filter_uris=todo, timeout=config.nb_execution_timeout)
+    if threads is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = threads
+
+
+def chapters(book: Path) -> list[str]:
+    """Every page of `_toc.yml`, in its order, without its ending."""
+    toc = yaml.safe_load((book / "_toc.yml").read_text(encoding="utf-8"))
+    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
 
 
 def use_local_mathjax(app: Sphinx, config) -> None:
@@ -112,7 +146,7 @@ class Exercise(SphinxDirective):
 
 def setup(app: Sphinx) -> dict:
     app.add_directive("exercise", Exercise)
-    for listener in (choose_cache, use_local_mathjax, show_repository):
+    for listener in (choose_cache, execute_pages, use_local_mathjax, show_repository):
         app.connect("config-inited", listener)
     app.connect("html-page-context", add_colab_button, priority=600)  # after the theme has made its buttons
     app.connect("build-finished", copy_mathjax)
