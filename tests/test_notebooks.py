@@ -1,6 +1,6 @@
-"""Every page that takes parameters runs through papermill at the smoke budget, as the batch runs it.
+"""Every page that takes a budget runs through papermill at smoke, as the batch runs it.
 
-The others take none: what they do, the book's own build shows (tests/test_book.py).
+The others run with their own parameters' values when the book is built (tests/test_book.py).
 """
 
 import json
@@ -16,7 +16,7 @@ BOOK = PROJECT / "book"
 TOC = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
 PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
 NOTEBOOKS = [page for page in PAGES if "{code-cell}" in (BOOK / f"{page}.md").read_text(encoding="utf-8")]
-PARAMETERISED = [page for page in NOTEBOOKS if declared_parameters(jupytext.read(BOOK / f"{page}.md"))]
+BUDGETED = [page for page in NOTEBOOKS if "budget" in declared_parameters(jupytext.read(BOOK / f"{page}.md"))]
 
 
 def test_the_book_has_its_chapters():
@@ -25,10 +25,9 @@ def test_the_book_has_its_chapters():
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("book")  # beside the book's own build, which executes the same pages
-@pytest.mark.parametrize("page", PARAMETERISED)
+@pytest.mark.parametrize("page", BUDGETED)
 def test_a_page_runs_through_papermill(page, tmp_path):
     source, target = BOOK / f"{page}.md", tmp_path / "page.ipynb"
-    parameters = {"budget": "smoke"} if "budget" in declared_parameters(jupytext.read(source)) else {}
-    execute_notebook(source, target, parameters)
+    execute_notebook(source, target, {"budget": "smoke"})
     cells = [cell for cell in json.loads(target.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] for cell in cells if "".join(cell["source"]).strip())
