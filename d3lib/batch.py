@@ -41,13 +41,14 @@ def read_parameters(text: str, pairs: Sequence[Sequence[str]]) -> dict[str, Any]
     try:
         parameters = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read parameters from {text}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read parameters from {text[:200]!r}: {reason}") from error
     if not isinstance(parameters, dict):
-        raise UserError(f"{text}: must hold a JSON object of parameters, not a {type(parameters).__name__}")
+        raise UserError(f"{text[:200]!r}: must hold a JSON object of parameters, not a {type(parameters).__name__}")
     for name, text in pairs:
         try:
             parameters[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             parameters[name] = text
     return parameters
 

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.action(options) or 0
     except UserError as error:
-        print(f"d3lib: {error}", file=sys.stderr)
+        print("d3lib:", *str(error).splitlines(), file=sys.stderr)  # a name may hold the end of a line
         return 143 if isinstance(error, StoppedError) else 2
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()

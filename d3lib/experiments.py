@@ -324,7 +324,7 @@ def make_run(budget: str, **fields: Any) -> Run:
 
     Raises `UserError` for an unknown budget or field name, or a value of the wrong type.
     """
-    if budget not in BUDGETS:
+    if not isinstance(budget, str) or budget not in BUDGETS:
         raise UserError(f"budget {budget!r} is unknown; choose one of {', '.join(BUDGETS)}")
     row = BUDGETS[budget]
     names = [field.name for field in dataclasses.fields(Run)]

@@ -310,8 +310,12 @@ def _load_checkpoint(
         if opponent is not None:
             opponent.net.load_state_dict(state["adversary"])
             opponent.optimiser.load_state_dict(state["adversary_optimiser"])
-        vars(trace).update(vars(Trace(**state["trace"])))
-        return int(state["step"])
+        found, step = Trace(**state["trace"]), int(state["step"])
+        numbers = found.best_step + found.best_error + found.seconds
+        if step < 0 or math.isnan(numbers) or (type(found.curve), type(found.best_weights)) != (list, dict):
+            raise ValueError("the trace of another kind of training")
+        vars(trace).update(vars(found))
+        return step
     except Exception as error:  # names, shapes or types that are not those of this run
         raise UserError(f"{path}: does not fit this network; delete it to start this run afresh") from error
 

@@ -104,7 +104,7 @@ def test_a_flipped_byte_is_found_or_changes_nothing(drill, made, kind):
     sound, content = path.read_bytes(), read()
     rng = random.Random(kind)
     # every part of the file gets its share, and the head, where formats keep their secrets, a quarter of all
-    count = drill.times(6, 60)
+    count = drill.times(4, 60)
     places = [rng.randrange(min(len(sound), 400)) for _ in range(count // 4)]
     rest = count - len(places)
     places += [rng.randrange(n * len(sound) // rest, (n + 1) * len(sound) // rest) for n in range(rest)]
@@ -168,6 +168,7 @@ def test_a_damaged_plan_of_a_batch_hides_no_run(drill, tmp_path):
             assert runs_of("drill", tmp_path) == runs
 
 
+@pytest.mark.drill
 def test_a_damaged_record_or_store_stops_a_run_in_one_line_and_made_again_it_is_the_same(drill, tmp_path):
     run = dataclasses.replace(RUN, loss="l1")
     whole = execute(run, tmp_path, tmp_path / "data", device="cpu")

@@ -26,7 +26,7 @@ def leftovers(place):
 def test_processes_with_the_same_run_do_it_once_also_when_the_first_is_killed(drill, tmp_path):
     run = make_run("drill", loss="gan", steps=4, evaluations=1)
     whole = None
-    for killed in (False, True)[: drill.times(2, 2)]:
+    for killed in drill.times((True,), (False, True)):
         for attempt in range(drill.times(1, 3)):
             out, data = tmp_path / f"{killed}{attempt}", tmp_path / f"data {killed}{attempt}"
             with drill.trial(f"killed {killed}", 200):
@@ -55,6 +55,7 @@ def jumping(run, out, data, seed):
     work(run, out, data)
 
 
+@pytest.mark.drill
 def test_a_clock_that_jumps_and_files_from_the_future_change_nothing(drill, tmp_path):
     data, run = tmp_path / "data", make_run("drill", steps=4, evaluations=2)
     open_sources(run, data)
