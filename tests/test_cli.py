@@ -122,7 +122,7 @@ def test_unfit_pictures_give_one_line_and_exit_code_2(capsys, tmp_path, spoil):
         (("train", "--beta1", "1.5"), "beta1 is 1.5"),
         (("train", "--seed", "99999999999999999999"), "seed is"),
         (("train", "--device", "foo"), "device 'foo'"),
-        (("train", "--batch-size", "1", "--height", "32", "--width", "32"), "batch_size 1"),
+        (("train", "--batch-size", "1", "--height", "32", "--width", "32"), "one image at 32x32"),
         (("notebook", "/dev/null/x.md", "out.ipynb"), "x.md"),
         (("gate", "--record", "missing/gate.json"), "missing/gate.json"),
         (("train", "--data", "nyu"), "NYU Depth V2 is not prepared"),
