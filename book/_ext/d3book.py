@@ -57,6 +57,8 @@ def execute_pages(app: Sphinx, config) -> None:
 
     What fails here is executed again by Sphinx, which then reports it.
     """
+    if config.nb_execution_mode != "cache":
+        return
     reader = {"type": "plugin", "name": "myst_nb_md"}  # as myst-nb reads them, or the cache would not match
     cache = get_cache(config.nb_execution_cache_path)
     pages = [Path(app.srcdir) / f"{page}.md" for page in chapters(Path(app.srcdir))]
