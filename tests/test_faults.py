@@ -214,7 +214,7 @@ def test_out_of_memory_is_one_line_with_a_batch_size_that_fits(data, tmp_path, m
         raise error
 
     monkeypatch.setattr(execution, "fit", fail)
-    monkeypatch.setattr(execution, "build_network", lambda run: Hungry(limit))
+    monkeypatch.setattr(execution, "build_network", lambda run, place=None: Hungry(limit))
     with pytest.raises(UserError) as caught:
         execute(make_run("drill", batch_size=8), tmp_path, data, device="cpu")
     assert f"batch_size 8, 32x48; {advice}" in one_line(caught)
