@@ -246,7 +246,7 @@ def test_data_sizes_and_budgets_are_never_mixed():
         make_run("colab", loss="l1"),
         make_run("paper", loss="l1"),
         make_run("paper", loss="l1", data="rooms"),
-        make_run("study", loss="l1", data="folder:/home/me/flat"),
+        make_run("study", loss="l1", data="folder:pictures/flat"),
     ]
     found = verdicts([record(run) for run in kinds])
     assert len(found) == len(kinds)
