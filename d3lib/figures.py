@@ -87,9 +87,7 @@ def prediction_grid(
     aspect = rgb.shape[2] / rgb.shape[3]
     size = (2.3 * columns, 2.3 * aspect * rows + 1.1)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    known = truth > 0 if valid is None else valid
-    far = float(np.percentile(truth[known], 99))
-    error_far = max(float(np.percentile(np.abs(p - truth)[known], 98)) for p in preds.values())
+    known, far, error_far = _scales(truth, preds, valid)
     for row, line in enumerate(axes):
         line[0].imshow(rgb[row].transpose(1, 2, 0))
         depth = show_depth(line[1], truth[row, 0], known[row, 0], far=far)
@@ -107,6 +105,15 @@ def prediction_grid(
     figure.colorbar(depth, ax=axes[:, 1].tolist(), location="bottom", label="depth (m)", shrink=0.9, aspect=12)
     figure.colorbar(error, ax=axes[:, -1].tolist(), location="bottom", label="|error| (m)", shrink=0.9, aspect=12)
     return figure
+
+
+def _scales(
+    truth: np.ndarray, preds: Mapping[str, np.ndarray], valid: np.ndarray | None
+) -> tuple[np.ndarray, float, float]:
+    """Where truth is known, bool (n, 1, H, W), and the metres at which the depth and the error colours end."""
+    known = truth > 0 if valid is None else valid
+    far = float(np.percentile(truth[known], 99))
+    return known, far, max(float(np.percentile(np.abs(p - truth)[known], 98)) for p in preds.values())
 
 
 def learning_curve(record: Mapping[str, Any]) -> Figure:
@@ -216,9 +223,7 @@ def figure4(
     aspect = rgb.shape[2] / rgb.shape[3]
     size = (1.55 * columns, 1.55 * aspect * rows + 1.2)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    known = truth > 0 if valid is None else valid
-    far = float(np.percentile(truth[known], 99))
-    error_far = max(float(np.percentile(np.abs(p - truth)[known], 98)) for p in preds.values())
+    known, far, error_far = _scales(truth, preds, valid)
     for ax in axes.flat:
         ax.axis("off")
     for i in range(len(rgb)):

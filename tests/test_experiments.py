@@ -15,6 +15,7 @@ from d3lib.results import paper_numbers
 def test_names_agree_with_the_modules_that_implement_them():
     assert losses.LOSSES == LOSSES
     assert set(models.ENCODERS) == set(experiments.ENCODERS)
+    assert (models.POOLINGS, models.OUTPUTS) == (experiments.POOLINGS, experiments.OUTPUTS)
 
 
 def test_every_field_of_a_run_has_a_one_line_meaning():

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_corruption import batches
 
 from d3lib import artefacts, cli
 from d3lib.artefacts import read_json, save_weights, write_json
@@ -41,14 +42,6 @@ def at_most(size):
 
 def listing(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def batches(start):
-    for step in range(start, 100):
-        rng = np.random.default_rng(step)
-        batch = {"rgb": rng.uniform(size=(2, 3, 32, 48)), "depth": rng.uniform(1, 5, (2, 1, 32, 48))}
-        batch = {name: torch.tensor(value).float() for name, value in batch.items()}
-        yield batch | {"valid": torch.ones(2, 1, 32, 48, dtype=torch.bool)}
 
 
 def checkpoint(path, steps):
