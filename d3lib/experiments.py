@@ -215,7 +215,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             height=96,
             width=128,
             pretrained=False,
-            ndf=16,
+            ndf=8,
             steps=96,
             encoder_steps=2,
             encoder_size=(48, 64),
@@ -229,7 +229,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             seeds=1,
             beyond_seeds=1,
             purpose="CPU, seconds a run: shows that everything works; ranks nothing",
-            more_seeds={"l1": 3, "gan": 3},
+            more_seeds={"l1": 2, "gan": 2},
         ),
         "gate": Budget(
             data="rooms",
