@@ -1,14 +1,20 @@
-"""How fast it is: rates measured here and now, with the machine they were measured on."""
+"""How fast it is: ratios to the plain code in `d3lib.naive`, measured here and now in one process.
+
+Where a baseline and ours are compared, the two run by turns, and their results must agree or there is no row.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,100 +22,276 @@ from typing import Any
 import numpy as np
 import torch
 
+from d3lib import naive
 from d3lib.artefacts import write_json
 from d3lib.errors import UserError
 from d3lib.provenance import collect
+from d3lib.training import autocast, pick_device, pick_precision
 
 REPEATS = 5
+Row = dict[str, Any]
 
 
-def bench(what: str = "all", json_path: Path | None = None) -> list[dict[str, Any]]:
-    """Measure and print rates; `what` is "rooms", "train", "data" or "all". `json_path` keeps them as an artefact.
+def bench(what: str = "all", json_path: Path | None = None, device: str = "auto") -> list[Row]:
+    """Measure and print; `what` is one of `BENCHES` or "all". `json_path` keeps the rows as an artefact.
 
-    Returns rows of name, median rate, its smallest and largest value, and unit. Raises `UserError` for another `what`,
-    and where a benchmark asked for by name needs packages that are missing ("all" does without it).
+    Returns rows of name, median, smallest and largest value, and unit ("x": times as fast as the named baseline).
+    Raises `UserError` for another `what`, and where a benchmark asked for by name needs packages that are missing
+    ("all" does without it).
     """
     if what not in (*BENCHES, "all"):
         raise UserError(f"there is no benchmark {what!r}; choose one of {', '.join(BENCHES)}, all")
-    machine = collect("d3lib.bench")
-    print(f"{machine['device']}, {machine['threads']} threads, torch {machine['versions'].get('torch')}")
+    device = pick_device(device)
+    machine = collect("d3lib.bench", device=device) | {"native_bf16": pick_precision("auto", device) == "bf16"}
+    if device == "cpu":
+        machine["native_bf16"] = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    print(f"{machine['device']}, {'with' if machine['native_bf16'] else 'no'} native bfloat16, ", end="")
+    print(f"{machine['threads']} threads, torch {machine['versions'].get('torch')}", flush=True)
     rows = []
     for name in BENCHES if what == "all" else (what,):
         try:
-            rows += BENCHES[name]()
+            for row in BENCHES[name](device):
+                print(f"{row['name']:<58} {row['rate']:>9.4g} {row['unit']}", end="  ")
+                print(f"({row['low']:.4g} to {row['high']:.4g})", flush=True)
+                rows.append({"bench": name} | row)
         except UserError as error:
             if what != "all":
                 raise
             print(f"{name}: {error}")
-    for row in rows:
-        print(f"{row['name']:<42} {row['rate']:>8.1f} {row['unit']}  ({row['low']:.1f} to {row['high']:.1f})")
     if json_path is not None:
-        write_json(json_path, {"rows": rows, "provenance": machine}, format="d3lib-bench", version=1)
+        write_json(json_path, {"rows": rows, "provenance": machine}, format="d3lib-bench", version=2)
     return rows
 
 
-def _rate(name: str, unit: str, count: int, work: Callable[[], Any]) -> dict[str, Any]:
+def _row(name: str, unit: str, values: list[float]) -> Row:
+    return {"name": name, "unit": unit, "rate": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """How long `work` takes, the device's part of it included."""
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _rate(name: str, unit: str, count: int, work: Callable[[], Any], repeats: int = REPEATS) -> Row:
     """`count` units of work a call: the median rate of several calls after one to warm up."""
     work()
-    rates = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        rates.append(count / (time.perf_counter() - start))
-    return {"name": name, "unit": unit, "rate": statistics.median(rates), "low": min(rates), "high": max(rates)}
+    return _row(name, unit, [count / _seconds(work) for _ in range(repeats)])
 
 
-def _bench_rooms() -> list[dict[str, Any]]:
+def _versus(name: str, baseline: Callable[[], Any], ours: Callable[[], Any], repeats: int = REPEATS) -> Row:
+    """How many times as long the baseline takes, each pair of calls one after the other."""
+    baseline(), ours()
+    return _row(f"{name}: naive / ours", "x", [_seconds(baseline) / _seconds(ours) for _ in range(repeats)])
+
+
+def _agree(name: str, ours: Any, baseline: Any, tolerance: float) -> None:
+    """Raise RuntimeError where two results differ by more than `tolerance`, relative to the larger: no fair race."""
+    ours, baseline = np.asarray(ours, np.float64), np.asarray(baseline, np.float64)
+    apart = float((np.abs(ours - baseline) / np.maximum(np.abs(baseline), 1e-12)).max())
+    if not apart <= tolerance:
+        raise RuntimeError(f"{name}: the two answers differ by {apart:.2g} of them, so their times do not compare")
+
+
+@functools.cache
+def _pictures(count: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Rooms as uint8 (N, 3, H, W) and their Kinect depth in metres (N, H, W), 0 where it saw nothing."""
+    from d3lib.data import rooms
+
+    batches = list(rooms.stream(rooms.frames("train", scenes=count), size, batch_size=8))
+    rgb, depth, valid = (torch.cat([batch[key] for batch in batches]).numpy() for key in ("rgb", "depth", "valid"))
+    return rgb, np.where(valid, depth, 0)[:, 0]
+
+
+def _as_batch(rgb: np.ndarray, depth: np.ndarray) -> dict[str, torch.Tensor]:
+    metres = torch.from_numpy(depth)[:, None]
+    return {"rgb": torch.from_numpy(rgb), "depth": metres, "valid": metres > 0}
+
+
+def _bench_start(device: str) -> Iterator[Row]:
+    """What every call pays before it works: Python, imports, reading the command line."""
+    for code in ("-c pass", "-c import d3lib", "-m d3lib --help", "-c import torch"):
+        flag, text = code.split(" ", 1)
+        command = [sys.executable, flag, *([text] if flag == "-c" else text.split())]
+        run = partial(subprocess.run, command, capture_output=True, check=True)
+        run()
+        yield _row(f"python {code}", "s", [_seconds(run) for _ in range(REPEATS)])
+
+
+def _bench_rooms(device: str) -> Iterator[Row]:
     """Frames of rooms rendered per second, Kinect view included, at two sizes."""
     from d3lib.data import rooms
 
-    rows = []
+    def render_all(frames: list[tuple[int, int]], size: tuple[int, int]) -> None:
+        for _ in rooms.stream(frames, size, batch_size=8):
+            pass
+
     for size, count in (((96, 128), 64), ((240, 320), 16)):
-        frames = rooms.frames("train", scenes=count)
-        work = partial(_render_all, frames, size)
-        rows.append(_rate(f"rooms, {size[0]}x{size[1]}", "frames/s", count, work))
-    return rows
+        work = partial(render_all, rooms.frames("train", scenes=count), size)
+        yield _rate(f"rooms, {size[0]}x{size[1]}", "frames/s", count, work)
 
 
-def _render_all(frames: list[tuple[int, int]], size: tuple[int, int]) -> None:
-    from d3lib.data import rooms
-
-    for _ in rooms.stream(frames, size, batch_size=8):
-        pass
-
-
-def _bench_train() -> list[dict[str, Any]]:
-    """Optimiser steps per second of the smoke budget's network, for a regression loss and the adversarial one."""
-    from d3lib.experiments import BUDGETS
-    from d3lib.losses import build_loss
-    from d3lib.models import D3Net, PatchDiscriminator
+def _bench_loss(device: str) -> Iterator[Row]:
+    """Each loss forwards and backwards at 8x256x320 with a mask, and as a part of a training step of D3-Net."""
+    from d3lib.losses import build_loss, generator_loss
+    from d3lib.models import D3Net
     from d3lib.training import fit
 
-    budget, steps = BUDGETS["smoke"], 10
     generator = torch.Generator().manual_seed(0)
-    size = (8, 1, budget.height, budget.width)
-    depth = torch.rand(size, generator=generator) * 5 + 1
-    rgb = torch.rand((8, 3, budget.height, budget.width), generator=generator)
-    batch = {"rgb": rgb, "depth": depth, "valid": torch.ones(size, dtype=torch.bool)}
-    rows = []
-    for loss in ("l1", "gan"):
-        net = D3Net(budget.encoder, seed=0)
-        adversary = PatchDiscriminator(ndf=budget.ndf, seed=0) if loss == "gan" else None
+    shape = (8, 1, 256, 320)
+    target, noise = 1 + 8 * torch.rand(shape, generator=generator), torch.rand(shape, generator=generator)
+    mask = torch.rand(shape, generator=generator) < 0.9
+    target, mask = target.to(device), mask.to(device)
+    pred = (target * (0.8 + 0.4 * noise.to(device))).requires_grad_()
+    logits = torch.rand((8, 1, 62, 78), generator=generator).to(device).requires_grad_()
+    rgb = torch.rand((8, 3, *shape[2:]), generator=generator).to(device)
+    batch = {"rgb": rgb, "depth": target, "valid": mask}
+    net = D3Net(seed=0).to(device, memory_format=torch.channels_last)
+    precision = pick_precision("auto", device)
 
-        def work(net: D3Net = net, adversary: PatchDiscriminator | None = adversary) -> None:
-            fit(net, build_loss("l1"), lambda step: iter(lambda: batch, None), steps=steps, adversary=adversary)
+    def step() -> None:
+        fit(net, build_loss("l1"), lambda start: itertools.repeat(batch), steps=1, device=device, precision=precision)
 
-        rows.append(_rate(f"train {budget.encoder}, {loss}, 8x{size[2]}x{size[3]}", "steps/s", steps, work))
-    return rows
+    step()
+    whole = statistics.median(_seconds(step) for _ in range(3))
+
+    def gan(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return generator_loss(logits) + 20 * build_loss("l1")(pred, target, mask)
+
+    def naive_gan(pred: torch.Tensor, target: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        ones = torch.ones_like(logits)
+        return torch.nn.functional.mse_loss(logits, ones) / 2 + 20 * naive.LOSSES["l1"](pred, target, m)
+
+    def work(loss: Callable[..., torch.Tensor], mask_of: Callable[[], torch.Tensor]) -> torch.Tensor:
+        pred.grad = None
+        value = loss(pred, target, mask_of())
+        value.backward()
+        return value.detach()
+
+    for name in (*naive.LOSSES, "gan"):
+        ours = partial(work, gan if name == "gan" else build_loss(name), lambda: mask)
+        plain = partial(work, naive_gan if name == "gan" else naive.LOSSES[name], mask.float)
+        _agree(name, ours().cpu(), plain().cpu(), 1e-4)
+        yield _versus(f"loss {name}, 8x256x320", plain, ours, repeats=15)
+        shares = [100 * _seconds(ours) / whole for _ in range(15)]
+        yield _row(f"loss {name}: share of a step of D3-Net, {precision}", "%", shares)
 
 
-def _bench_data() -> list[dict[str, Any]]:
-    """What preparing raw NYU data costs: how many times faster than SciPy's `spsolve` holes are filled, on one frame.
+def _bench_train(device: str) -> Iterator[Row]:
+    """Training D3-Net from files: the tutorials' loop and loader against the library's, in each precision there is."""
+    from d3lib.data.loader import train_batches
+    from d3lib.data.shards import open_store, write_store
+    from d3lib.losses import l1_loss
+    from d3lib.models import D3Net
+    from d3lib.training import fit
 
-    On a room's Kinect view, and on the real reference frame where `D3LIB_TEST_DATA` names the folder that has it.
+    on_gpu, size = device.startswith("cuda"), (256, 320)
+    steps, repeats, workers = (30, REPEATS, min(os.cpu_count() or 1, 8)) if on_gpu else (1, 3, 0)  # a step: seconds
+    rgb, depth = _pictures(32, size)
+    with tempfile.TemporaryDirectory() as place:
+        naive.save_pictures(Path(place), rgb, depth)
+        write_store(Path(place) / "store", [_as_batch(rgb, depth)], source={"kind": "rooms"})
+        store = open_store(Path(place) / "store", in_memory=True)
+        plain_net = D3Net(seed=0).to(device)
+        files = naive.batches(naive.Pictures(Path(place), len(rgb)), 8, workers, device)
+        sample = _as_batch(rgb[:8], depth[:8])["rgb"].to(device) / 255
+        with torch.no_grad():
+            expected = plain_net.eval()(sample).float().cpu()
+        baseline = partial(naive.train, plain_net, files, steps)
+        where = f"{size[0]}x{size[1]}"
+        for precision, tolerance in {"float32": 1e-3, "bf16": 5e-2}.items():
+            net = D3Net(seed=0).to(device, memory_format=torch.channels_last)
+            with torch.no_grad(), autocast(device, precision):
+                _agree(f"D3-Net in {precision}", net.eval()(sample).float().cpu(), expected, tolerance)
+            source = train_batches(store, frames=None, batch_size=8, seed=0, device=device)
+            cached = itertools.cycle([next(source) for _ in range(2)])
+            loop = partial(fit, net, l1_loss, steps=steps, device=device, precision=precision, evaluations=1)
+            from_store, from_memory = (partial(loop, lambda start, s=s: s) for s in (source, cached))
+            yield _versus(f"train D3-Net 8x{where}, {precision}", baseline, from_store, repeats)
+            from_memory()
+            lost = [100 * (_seconds(from_store) / _seconds(from_memory) - 1) for _ in range(repeats)]
+            yield _row(f"train D3-Net 8x{where}, {precision}: waiting for pictures", "%", lost)
+        del files
+
+
+def _bench_infer(device: str) -> Iterator[Row]:
+    """Depth of one picture after another at 256x320, as `d3lib predict` and scoring do it."""
+    from d3lib.evaluation import as_predictor
+    from d3lib.models import D3Net
+
+    sample = torch.rand((8, 3, 256, 320), generator=torch.Generator().manual_seed(0)).to(device)
+    plain = D3Net(seed=0).to(device).eval()
+
+    def baseline() -> torch.Tensor:
+        with torch.no_grad():
+            return plain(sample)
+
+    for precision, tolerance in {"float32": 1e-3, "bf16": 5e-2}.items():
+        net = D3Net(seed=0).to(device, memory_format=torch.channels_last)
+        ours = partial(as_predictor(net, device, precision), sample)
+        _agree(f"inference in {precision}", ours().cpu(), baseline().cpu(), tolerance)
+        yield _versus(f"infer D3-Net 8x256x320, {precision}", baseline, ours)
+
+
+def _bench_eval(device: str) -> Iterator[Row]:
+    """All nine metrics of full-size predictions in one pass, against the loop over images in NumPy."""
+    from d3lib.metrics import KEYS, DepthMetrics
+
+    rng = np.random.default_rng(0)
+    count, size = 64, (427, 561)
+    target = rng.uniform(0.5, 9.5, (count, 1, *size)).astype(np.float32)
+    pred = (target * rng.uniform(0.7, 1.4, target.shape)).astype(np.float32)
+    mask = rng.random(target.shape) < 0.9
+    tensors = [torch.from_numpy(x).to(device).split(8) for x in (pred, target, mask)]
+
+    def ours() -> dict[str, float]:
+        metrics = DepthMetrics()
+        for batch in zip(*tensors, strict=True):
+            metrics.update(*batch)
+        return metrics.compute()["per_image"]
+
+    baseline = partial(naive.metrics, pred[:, 0], target[:, 0], mask[:, 0])
+    found, expected = ours(), baseline()
+    _agree("metrics", [found[key] for key in KEYS], [expected[key] for key in KEYS], 1e-6)
+    yield _versus(f"metrics of {count} images of 427x561", baseline, ours)
+
+
+def _bench_data(device: str) -> Iterator[Row]:
+    """Pictures a second from the training cache and from files; filling against SciPy's `spsolve`; raw Kinect dumps.
+
+    Filling on a room's Kinect view, and on the real reference frame where `D3LIB_TEST_DATA` names its folder.
     """
     from d3lib.data import rooms
+    from d3lib.data.loader import train_batches
+    from d3lib.data.shards import open_store, write_store
 
+    size, steps = (256, 320), 32
+    rgb, depth = _pictures(32, size)
+
+    def draw(source: Iterator[Any]) -> None:
+        for _ in range(steps):
+            next(source)
+
+    with tempfile.TemporaryDirectory() as place:
+        naive.save_pictures(Path(place), rgb, depth)
+        batches = [_as_batch(rgb, depth)] * 16  # 512 frames, 0.2 GB: more than the processor's caches hold
+        write_store(Path(place) / "store", batches, source={"kind": "rooms"})
+        stores = {
+            "memory": open_store(Path(place) / "store", in_memory=True),
+            "disk": open_store(Path(place) / "store"),
+        }
+        files = naive.batches(naive.Pictures(Path(place), len(rgb)), 8, 0, device)
+        for name, store in stores.items():
+            source = train_batches(store, frames=None, batch_size=8, seed=0, device=device)
+            yield _rate(f"loader from {name}, 8x256x320", "images/s", 8 * steps, partial(draw, source))
+        source = train_batches(stores["memory"], frames=None, batch_size=8, seed=0, device=device)
+        yield _versus("loader from memory / from files, 8x256x320", partial(draw, files), partial(draw, source), 3)
+    long = torch.rand(1 << 25)
+    other = torch.empty_like(long)
+    yield _rate("memory, copying 128 MiB", "GB/s", 2 * long.nbytes / 1e9, partial(other.copy_, long))
     room = rooms.render([(3011, 0)], (427, 561))  # as large a part of it is missing as of the real frame, 7 %
     frames = {"room": (room["rgb"][0].numpy(), room["depth"][0, 0].numpy())}
     real = Path(os.environ.get("D3LIB_TEST_DATA", "")) / "nyu_raw_frame" / "toolbox_reference.npz"
@@ -117,11 +299,12 @@ def _bench_data() -> list[dict[str, Any]]:
         with np.load(real) as content:
             rgb, depth = (content[f"projected_{name}"][44:471, 40:601] for name in ("rgb", "depth"))
         frames["real"] = rgb.transpose(2, 0, 1), depth
-    rows = [_fill_against_spsolve(f"fill_depth / spsolve, {name} 427x561", *frames[name]) for name in frames]
-    return [*rows, _raw_pipeline()]
+    for name, frame in frames.items():
+        yield _fill_against_spsolve(f"fill_depth, {name} 427x561", *frame)
+    yield _raw_pipeline()
 
 
-def _raw_pipeline(frames: int = 96) -> dict[str, Any]:
+def _raw_pipeline(frames: int = 96) -> Row:
     """Frames a second from a zip of Kinect dumps to kept 427x561 frames: unzip, project, crop, fill, encode, write.
 
     One synthetic recording's frame, many times over in several directories, on all cores.
@@ -151,46 +334,27 @@ def _raw_pipeline(frames: int = 96) -> dict[str, Any]:
         return _rate(f"raw pipeline, {os.cpu_count()} processes", "frames/s", frames, work)
 
 
-def _fill_against_spsolve(name: str, rgb: np.ndarray, depth: np.ndarray) -> dict[str, Any]:
-    """Ratio of their times, each pair of calls one after the other. The two must agree to 0.1 mm."""
+def _fill_against_spsolve(name: str, rgb: np.ndarray, depth: np.ndarray) -> Row:
+    """The two must agree to 0.1 mm."""
     from d3lib.data.inpaint import fill_depth
 
     ours = partial(fill_depth, rgb, depth)
     filled = ours()  # first, to compile, and to say what is missing
     from scipy.sparse.linalg import spsolve
 
-    baseline = partial(spsolve, *_fill_system(rgb, depth))
+    baseline = partial(spsolve, *naive.fill_system(rgb, depth))
     apart = float(np.abs(baseline() - filled.ravel()).max())
     if not apart <= 1e-4:
         raise RuntimeError(f"{name}: the two answers differ by {apart:.2g} m, so their times do not compare")
-    ratios = [_seconds(baseline) / _seconds(ours) for _ in range(REPEATS)]
-    return {"name": name, "unit": "x", "rate": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return _versus(name, baseline, ours)
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _fill_system(rgb: np.ndarray, depth: np.ndarray) -> tuple[Any, np.ndarray]:
-    """The equation of `d3lib.data.inpaint` at alpha = 1, written plainly: a sparse matrix and its right-hand side."""
-    from scipy.sparse import csc_array, diags_array
-
-    grey = np.tensordot((0.298936, 0.587043, 0.114021), rgb / 255, 1)
-    place = np.arange(grey.size).reshape(grey.shape)
-    windows, places = (
-        np.lib.stride_tricks.sliding_window_view(np.pad(x, 1, constant_values=outside), (3, 3)).reshape(-1, 9)
-        for x, outside in ((grey, np.nan), (place, -1))
-    )
-    neighbours, squares = np.delete(places, 4, 1), (np.delete(windows, 4, 1) - grey.reshape(-1, 1)) ** 2
-    spread = np.maximum(0.6 * np.nanvar(windows, 1), -np.nanmin(squares, 1) / np.log(0.01)).clip(2e-6)
-    weights = np.where(neighbours >= 0, np.exp(-squares / spread[:, None]), 0)
-    weights /= weights.sum(1, keepdims=True)
-    row, column = np.nonzero(neighbours >= 0)
-    entries = (weights[row, column], (row, neighbours[row, column]))
-    known = ((depth != 0) & (depth != 10)).ravel()
-    return csc_array(diags_array(1.0 + known) - csc_array(entries, shape=(grey.size,) * 2)), known * depth.ravel()
-
-
-BENCHES = {"rooms": _bench_rooms, "train": _bench_train, "data": _bench_data}
+BENCHES: dict[str, Callable[[str], Iterator[Row]]] = {
+    "start": _bench_start,
+    "loss": _bench_loss,
+    "train": _bench_train,
+    "infer": _bench_infer,
+    "eval": _bench_eval,
+    "data": _bench_data,
+    "rooms": _bench_rooms,
+}

@@ -133,8 +133,10 @@ def build_parser() -> Parser:
     _add_places(gate)
 
     bench = _command(commands, "bench", _bench, "measure speed against named baselines, in one run")
-    bench.add_argument("what", nargs="?", default="all", help="rooms, train, data, or all (default: all)")
+    what = "start, loss, train, infer, eval, data, rooms, or all (default: all)"
+    bench.add_argument("what", nargs="?", default="all", help=what)
     bench.add_argument("--json", type=Path, help="also write the figures to this file")
+    bench.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
 
@@ -357,7 +359,7 @@ def _gate(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from d3lib.bench import bench
 
-    bench(options.what, options.json)
+    bench(options.what, options.json, options.device)
 
 
 if __name__ == "__main__":

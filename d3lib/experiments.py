@@ -180,6 +180,7 @@ class Budget:
     beyond_seeds: int  # of the runs that go beyond the paper
     purpose: str  # one line for people
     more_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)  # losses of the main grid that get more
+    learning_rate: float = 2e-4  # the paper's
 
     def frames(self, train_set: str) -> int:
         """How many frames the named nested training set of rooms has."""
@@ -229,7 +230,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             seeds=1,
             beyond_seeds=1,
             purpose="CPU, seconds a run: shows that everything works; ranks nothing",
-            more_seeds={"l1": 2, "gan": 2},
+            more_seeds={"l1": 3, "gan": 3},
         ),
         "gate": Budget(
             data="rooms",
@@ -331,7 +332,7 @@ def make_run(budget: str, **fields: Any) -> Run:
     for name in fields:
         if name not in names:
             raise UserError(f"a run has no parameter {name!r}; it has {', '.join(names)}")
-    fields_of_row = ("encoder", "height", "width", "pretrained", "ndf", "steps", "evaluations", "data")
+    fields_of_row = ("encoder", "height", "width", "pretrained", "ndf", "steps", "evaluations", "data", "learning_rate")
     numbers = {name: getattr(row, name) for name in fields_of_row}
     given = {name: value for name, value in fields.items() if value is not None}
     numbers["target"] = "filled" if given.get("data", row.data) == "nyu" else "sensor"  # NYU: as in the paper
@@ -427,7 +428,8 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
         Item("pooled", "Does it matter that eigen is formed per image and not over the batch?",
              runs(("eigen",), pooled=True), "beyond"),
         Item("rate", "Does one learning rate for all losses favour one of them?",
-             (*runs(LOSSES, learning_rate=1e-4), *runs(LOSSES, learning_rate=4e-4)), "beyond"),
+             (*runs(LOSSES, learning_rate=row.learning_rate / 2), *runs(LOSSES, learning_rate=2 * row.learning_rate)),
+             "beyond"),
         Item("lam_gan", "How much L1 does the adversarial loss need?",
              tuple(run for lam in (0.0, 2.0, 200.0) for run in runs(("gan",), lam=lam)), "beyond"),
         Item("lam_eigen", "How much scale invariance is good?",

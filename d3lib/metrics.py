@@ -31,6 +31,7 @@ from d3lib.errors import UserError
 
 KEYS = ("rel", "sq_rel", "log10", "rms", "rmslog", "silog", "d1", "d2", "d3")
 LOG_MIN = 1e-3  # metres; depths are clamped here in logarithms and ratios, as in the losses
+PIECE = 1 << 16  # pixels at a time, on a CPU
 
 # Rows and columns of a 480x640 frame. "dorn" is 21:460, 25:616 when counted from 1 with both ends included.
 CROPS = {
@@ -54,7 +55,7 @@ def valid_pixels(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Te
         raise ValueError(f"pred and target must be floating point, got {pred.dtype} and {target.dtype}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, got {mask.dtype}")
-    valid = (target > 0) & target.isfinite()
+    valid = (target > 0) & (target < math.inf)
     return valid if mask is None else valid & mask
 
 
@@ -74,16 +75,30 @@ def image_sums(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tens
         ValueError: shapes differ, integer depths, or a mask that is not bool.
     """
     valid = valid_pixels(pred, target, mask).flatten(1)  # (B, HW)
-    pred, target = (x.detach().flatten(1).double() for x in (pred, target))
-    # Invalid pixels hold 1 m in both: their terms are 0, though their ratio would pass every threshold.
-    y, y_hat = torch.where(valid, target, 1), torch.where(valid, pred, 1)
-    error = y_hat - y
-    log_y, log_y_hat = (x.clamp(min=LOG_MIN) for x in (y, y_hat))
-    ratio = torch.maximum(log_y / log_y_hat, log_y_hat / log_y)
-    d = log_y.log() - log_y_hat.log()
-    terms = [error.abs() / y, error**2 / y, d.abs() / math.log(10), error**2, d**2, d]
-    within = [(ratio < 1.25**k) & valid for k in (1, 2, 3)]
-    return torch.stack([x.sum(1, dtype=torch.float64) for x in (valid, *terms, *within)], dim=1)
+    pixels = [pred.detach().flatten(1), target.detach().flatten(1), valid]
+    # On a CPU in pieces that stay in its cache, each in few passes: faster than over whole pictures.
+    width = max(1, PIECE // max(1, len(valid)) if valid.device.type == "cpu" else valid.shape[1])
+    pieces = zip(*(x.split(width, 1) for x in pixels), strict=True)
+    return torch.stack([_piece_sums(*piece) for piece in pieces]).sum(0)
+
+
+def _piece_sums(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """`image_sums` of (B, n) pixels."""
+    n = valid.count_nonzero(1)
+    # Invalid pixels hold 1 m in both, and so an error of 0 and a ratio of 1.
+    y_hat, y = (torch.where(valid, x, 1).double() for x in (pred, target))
+    e = y_hat - y
+    error = e.abs()
+    relative = error / y
+    y, y_hat = y.clamp_(min=LOG_MIN), y_hat.clamp_(min=LOG_MIN)
+    ratio = torch.maximum(y, y_hat).div_(torch.minimum(y, y_hat))
+    within = [(ratio < 1.25**k).count_nonzero(1) - (valid.shape[1] - n) for k in (1, 2, 3)]
+    size = ratio.log_()  # |d|; d has the other sign than e
+    d_sum = -torch.copysign(size, e).sum(1)
+    relative_sum, size_sum = relative.sum(1), size.sum(1)
+    squares = [x.sum(1) for x in (relative.mul_(error), error.mul_(error), size.mul_(size))]
+    sums = [n, relative_sum, squares[0], size_sum / math.log(10), *squares[1:], d_sum, *within]
+    return torch.stack([x.double() for x in sums], dim=1)
 
 
 def summarise(sums: Tensor) -> dict[str, dict[str, float]]:

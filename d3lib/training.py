@@ -177,7 +177,7 @@ def fit(
         StoppedError: `stop` said so.
         UserError: the checkpoint is damaged or belongs to another run.
     """
-    adam = {"lr": learning_rate, "betas": betas, "fused": device.startswith("cuda")}
+    adam = {"lr": learning_rate, "betas": betas, "fused": True}
     optimiser = torch.optim.Adam(net.parameters(), **adam)
     opponent = None if adversary is None else Adversary(adversary, variant, net.max_depth, adam)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision == "fp16")

@@ -148,6 +148,17 @@ LOOK = """() => {
 }"""
 
 
+AXE = """async (tags) => (await axe.run(document, {runOnly: tags})).violations
+  .filter(v => ["serious", "critical"].includes(v.impact))
+  .flatMap(v => v.nodes.map(n => `${v.impact} ${v.id}: ${n.html.slice(0, 160)} ${n.failureSummary.slice(0, 300)}`))"""
+
+
+@functools.cache
+def axe_core() -> str:
+    """The script of axe-core, which looks for what keeps people from reading a page."""
+    return (Path(importlib.util.find_spec("axe_playwright_python").origin).parent / "axe.min.js").read_text("utf-8")
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("page", [*PAGES, "search", "genindex"])
 def test_a_page_shows_whole_at_every_width_and_in_both_themes_and_asks_nothing_of_the_network(browser, server, page):
@@ -160,6 +171,10 @@ def test_a_page_shows_whole_at_every_width_and_in_both_themes_and_asks_nothing_o
         assert look["typeset"] >= look["maths"] and not look["errors"], (view, look)
         assert not look["broken"] and not look["mute"], (view, look["broken"], look["mute"])
         assert not look["raw"], (view, look["raw"])
+        if width > 1000:  # colours differ between the themes, structure does not depend on the width
+            opened.evaluate(axe_core())
+            barriers = opened.evaluate(AXE, ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"])
+            assert not barriers, (view, barriers[:5])
         opened.context.close()
 
 

@@ -12,7 +12,7 @@ import scipy.sparse.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d3lib import bench
+from d3lib import bench, naive
 from d3lib.data import inpaint
 from d3lib.data.inpaint import fill_depth
 from d3lib.errors import UserError
@@ -173,19 +173,19 @@ def test_the_input_is_left_as_it_was_and_its_layout_and_precision_do_not_matter(
 @pytest.mark.parametrize("shape", [(1, 7), (9, 14)])
 def test_the_benchmark_solves_the_same_equation(shape):
     rgb, depth = frame(23, *shape, 0.4)
-    matrix, right = bench._fill_system(rgb, depth)
+    matrix, right = naive.fill_system(rgb, depth)
     expected, scaled, largest = equation(rgb, depth)
     np.testing.assert_allclose(matrix.toarray(), expected, rtol=0, atol=1e-12)
     np.testing.assert_allclose(right, scaled * largest, rtol=1e-12)
 
 
 def test_without_the_extra_the_benchmark_says_so_and_the_others_still_run(monkeypatch, capsys):
-    def absent():
+    def absent(device):
         raise UserError("filling depth needs numba")
 
     row = {"name": "quick", "unit": "x", "rate": 1.0, "low": 1.0, "high": 1.0}
-    monkeypatch.setattr(bench, "BENCHES", {"data": absent, "quick": lambda: [row]})
-    assert bench.bench() == [row] and "data: filling depth needs numba" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "BENCHES", {"data": absent, "quick": lambda device: [row]})
+    assert bench.bench() == [{"bench": "quick"} | row] and "data: filling depth needs numba" in capsys.readouterr().out
     with pytest.raises(UserError, match="numba"):
         bench.bench("data")
 
