@@ -129,9 +129,30 @@ def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def wrap(content: Any, *, format: str, version: int = 1) -> dict[str, Any]:
+    """`content` as an artefact: with the name and version of its format, and its digest."""
+    return {"format": format, "version": version, "digest": digest_json(content), "content": content}
+
+
+def unwrap(text: str, where: str, *, format: str, version: int = 1) -> Any:
+    """The content of an artefact's text. Raises `UserError` naming `where` if it is damaged, or of another kind."""
+    try:
+        artefact = json.loads(text)
+        found = (artefact["format"], artefact["version"])
+        content, digest = artefact["content"], artefact["digest"]
+        matches = found != (format, version) or digest_json(content) == digest
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: not a {format} (damaged?); delete it and make it again") from error
+    if found != (format, version):
+        raise UserError(f"{where}: is a {found[0]} version {found[1]}, expected {format} version {version}")
+    if not matches:
+        raise UserError(f"{where}: its digest does not match its content; delete it and make it again")
+    return content
+
+
 def write_json(path: str | Path, content: Any, *, format: str, version: int = 1) -> None:
     """Write `content` as an artefact of the named format (see the module's docstring)."""
-    artefact = {"format": format, "version": version, "digest": digest_json(content), "content": content}
+    artefact = wrap(content, format=format, version=version)
     with atomic_write(path) as file:
         file.write(json.dumps(artefact, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
 
@@ -142,17 +163,10 @@ def read_json(path: str | Path, *, format: str, version: int = 1) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a {format}")
     try:
-        artefact = json.loads(path.read_text(encoding="utf-8"))
-        found = (artefact["format"], artefact["version"])
-        content, digest = artefact["content"], artefact["digest"]
-        matches = found != (format, version) or digest_json(content) == digest
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a {format} (damaged?); delete it and make it again") from error
-    if found != (format, version):
-        raise UserError(f"{path}: is a {found[0]} version {found[1]}, expected {format} version {version}")
-    if not matches:
-        raise UserError(f"{path}: its digest does not match its content; delete it and make it again")
-    return content
+    return unwrap(text, str(path), format=format, version=version)
 
 
 def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -17,15 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3lib.artefacts import digest_json
-from d3lib.errors import UserError
 from d3lib.experiments import LOSSES, TRAIN_SETS, make_run
 from d3lib.intervals import (
     Interval,
@@ -38,7 +35,7 @@ from d3lib.intervals import (
     spread_interval,
     t_interval,
 )
-from d3lib.records import RECORD, RECORD_VERSION, is_current
+from d3lib.records import is_current
 from d3lib.results import QUICK, paper_numbers, score
 
 Record = Mapping[str, Any]
@@ -648,23 +645,3 @@ def _amount(value: float, comparison: Comparison) -> str:
         return f"{value:+.0f}"
     unit = MEASURES[comparison.measure].unit
     return f"{value:+.4f}" + (f" {unit}" if unit else "")
-
-
-def committed_records(folder: Path) -> list[dict[str, Any]]:
-    """The records that are part of the book: each line of each `*.jsonl` in `folder` is a run's `record.json`.
-
-    Raises `UserError` for a damaged line.
-    """
-    found = []
-    for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                artefact = json.loads(line)
-                kind = (artefact["format"], artefact["version"])
-                whole = digest_json(artefact["content"]) == artefact["digest"]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not a record; write the file again") from error
-            if kind != (RECORD, RECORD_VERSION) or not whole:
-                raise UserError(f"{path}, line {number}: damaged or of another version; write the file again")
-            found.append(artefact["content"])
-    return found

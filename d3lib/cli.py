@@ -121,6 +121,10 @@ def build_parser() -> Parser:
     status.add_argument("--table", action="store_true", help="also print our numbers beside the paper's")
     _add_out(status)
 
+    keep = _command(commands, "keep", _keep, "put a budget's finished records into the book")
+    keep.add_argument("--budget", required=True, help=f"one of {', '.join(BUDGETS)}")
+    _add_out(keep)
+
     notebook = _command(commands, "notebook", _notebook, "execute one notebook with checked parameters")
     notebook.add_argument("source", type=Path, help="a MyST Markdown notebook (.md)")
     notebook.add_argument("target", type=Path, help="the executed notebook to write (.ipynb)")
@@ -332,6 +336,18 @@ def _status(options: argparse.Namespace) -> None:
     print(status_text(options.budget, options.out, options.only, options.all))
     if options.table:
         print(comparison_text(options.budget, options.out))
+
+
+def _keep(options: argparse.Namespace) -> None:
+    from d3lib.artefacts import PROJECT
+    from d3lib.records import State, keep_records, read_record
+    from d3lib.results import runs_of
+
+    place = options.out / options.budget
+    done = [key for key in runs_of(options.budget, options.out) if State(place / key).read()[0] == "done"]
+    path = PROJECT / "book" / "records" / f"{options.budget}.jsonl"
+    count = keep_records((read_record(place / key / "record.json") for key in done), path)
+    print(f"{path}: {count} records, {len(done)} of them from {place}")
 
 
 def _notebook(options: argparse.Namespace) -> None:

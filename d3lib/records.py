@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3lib.artefacts import read_json, write_json
+from d3lib.artefacts import PROJECT, atomic_write, canonical_json, read_json, unwrap, wrap, write_json
 from d3lib.errors import UserError
 from d3lib.intervals import converged
 from d3lib.provenance import TRAINING_CODE, code_digest
@@ -21,6 +21,41 @@ STATE = "d3lib-state"
 def read_record(path: Path) -> dict[str, Any]:
     """A run's record. Raises `UserError` if it is missing, damaged or of another version."""
     return read_json(path, format=RECORD, version=RECORD_VERSION)
+
+
+def committed_records(folder: Path = PROJECT / "book" / "records") -> list[dict[str, Any]]:
+    """The records that are part of the book: each line of each `*.jsonl` in `folder` is a run's record.
+
+    Raises `UserError` for a damaged line.
+    """
+    lines = [
+        (f"{path}, line {number}", line)
+        for path in sorted(folder.glob("*.jsonl"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    ]
+    return [unwrap(line, where, format=RECORD, version=RECORD_VERSION) for where, line in lines]
+
+
+def keep_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:
+    """Give `path`, a part of the book, a line for each record, beside those of other runs; returns how many it has.
+
+    Numbers are rounded to six digits, of which the pages show three or four.
+    """
+    kept = {record["key"]: record for record in committed_records(path.parent) if path.stem == record["run"]["budget"]}
+    kept |= {record["key"]: _rounded(record) for record in records}
+    with atomic_write(path) as file:
+        for key in sorted(kept):
+            file.write(canonical_json(wrap(kept[key], format=RECORD, version=RECORD_VERSION)) + "\n")
+    return len(kept)
+
+
+def _rounded(value: Any) -> Any:
+    """Plain JSON with its floats to six digits; parameters of a run are what they are in six, too."""
+    if isinstance(value, Mapping):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 from d3lib.artefacts import read_json
 from d3lib.experiments import BUDGETS, Run, all_runs, make_run, manifest
 from d3lib.intervals import converged, prediction_interval
-from d3lib.records import State, is_current, read_record
+from d3lib.records import State, committed_records, is_current, read_record
 from d3lib.scoring import baselines_path
 
 REFERENCE = Path(__file__).resolve().parent / "reference" / "paper_results.csv"
@@ -73,9 +73,13 @@ def choice_of(budget: str, out: Path) -> dict[str, str | None]:
 
 
 def load_records(budget: str, out: Path, only: str | None = None) -> dict[str, dict[str, Any] | None]:
-    """The records of a budget's runs by key; `None` for a run without one. Raises `UserError` for a damaged one."""
+    """The records of a budget's runs by key: this copy's, else those that came with the book, else `None`.
+
+    Raises `UserError` for a damaged one.
+    """
     found = {key: out / budget / key / "record.json" for key in runs_of(budget, out, only)}
-    return {key: read_record(path) if path.is_file() else None for key, path in found.items()}
+    book = {record["key"]: record for record in committed_records()}
+    return {key: read_record(path) if path.is_file() else book.get(key) for key, path in found.items()}
 
 
 def what_stands_behind(budget: str, out: Path, only: str) -> str:

@@ -2,19 +2,15 @@
 
 import dataclasses
 import functools
-import json
 import math
 
 import numpy as np
 import pytest
 
 from d3lib import claims
-from d3lib.artefacts import digest_json
-from d3lib.claims import CLAIMS, committed_records, paper_verdicts, table2_ranks, verdicts
-from d3lib.errors import UserError
+from d3lib.claims import CLAIMS, paper_verdicts, table2_ranks, verdicts
 from d3lib.experiments import LOSSES, all_runs, make_run
 from d3lib.provenance import TRAINING_CODE, code_digest
-from d3lib.records import RECORD, RECORD_VERSION
 from d3lib.results import paper_numbers
 
 all_runs = functools.cache(all_runs)
@@ -347,18 +343,3 @@ def test_d3_nets_ranks_in_table_2_counted_by_hand():
         "d3": (6, 8),
     }
     assert paper_verdicts()["Table 2"].status == "contradicted"  # 3 of 7 metrics beat the other rows' median
-
-
-def test_committed_records_are_read_line_by_line_and_a_damaged_line_is_named(tmp_path):
-    content = record(make_run("study", loss="l1"))
-    content = json.loads(json.dumps(content))
-    artefact = {"format": RECORD, "version": RECORD_VERSION, "digest": digest_json(content), "content": content}
-    assert committed_records(tmp_path) == []
-    path = tmp_path / "study.jsonl"
-    path.write_text(json.dumps(artefact) + "\n" + json.dumps(artefact) + "\n")
-    assert committed_records(tmp_path) == [content, content]
-    assert len(verdicts(committed_records(tmp_path))) == 1
-    for broken in ("{", "[]", json.dumps(artefact | {"digest": "0"}), json.dumps(artefact | {"version": 0})):
-        path.write_text(json.dumps(artefact) + "\n" + broken + "\n")
-        with pytest.raises(UserError, match=r"study\.jsonl, line 2: "):
-            committed_records(tmp_path)

@@ -111,7 +111,7 @@ def test_a_key_changes_with_every_field_and_with_nothing_else():
         "loss": "l2", "variant": "released", "encoder": "resnet50", "pretrained": True, "init": "x.safetensors",
         "train_set": "795", "data": "nyu", "hold_out": 3, "budget": "study", "seed": 1, "height": 64, "width": 64,
         "max_depth": 8.0, "steps": 7, "batch_size": 2, "learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.99,
-        "lam": 1.0, "ndf": 8, "precision": "bf16", "evaluations": 3, "pooled": True, "adversarial_from": 0.5,
+        "lam": 1.0, "ndf": 4, "precision": "bf16", "evaluations": 3, "pooled": True, "adversarial_from": 0.5,
         "skips": False, "pooling": "max", "output": "log", "scenes": 3, "target": "exact", "gpus": 2,
         "clip_norm": 1.0,
     }  # fmt: skip

@@ -30,7 +30,7 @@ LAYERS = [
     {"costs"},
     {"batch"},
     {"figures", "claims"},
-    {"predict", "bench"},
+    {"predict", "bench", "naive"},
     {"cli", "__main__"},
 ]
 TENSORS_ONLY = {"losses", "metrics", "models"}
