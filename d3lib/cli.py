@@ -339,14 +339,17 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _keep(options: argparse.Namespace) -> None:
-    from d3lib.artefacts import PROJECT
-    from d3lib.records import State, keep_records, read_record
+    from d3lib.artefacts import atomic_write
+    from d3lib.records import BOOK, State, keep_records, read_record
     from d3lib.results import runs_of
 
     place = options.out / options.budget
     done = [key for key in runs_of(options.budget, options.out) if State(place / key).read()[0] == "done"]
-    path = PROJECT / "book" / "records" / f"{options.budget}.jsonl"
+    path = BOOK / f"{options.budget}.jsonl"
     count = keep_records((read_record(place / key / "record.json") for key in done), path)
+    for file in (place / "baselines").glob("*.json"):
+        with atomic_write(BOOK / options.budget / "baselines" / file.name) as copy:
+            copy.write(file.read_text(encoding="utf-8"))
     print(f"{path}: {count} records, {len(done)} of them from {place}")
 
 

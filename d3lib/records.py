@@ -23,7 +23,10 @@ def read_record(path: Path) -> dict[str, Any]:
     return read_json(path, format=RECORD, version=RECORD_VERSION)
 
 
-def committed_records(folder: Path = PROJECT / "book" / "records") -> list[dict[str, Any]]:
+BOOK = PROJECT / "book" / "records"  # what comes with the book
+
+
+def committed_records(folder: Path = BOOK) -> list[dict[str, Any]]:
     """The records that are part of the book: each line of each `*.jsonl` in `folder` is a run's record.
 
     Raises `UserError` for a damaged line.

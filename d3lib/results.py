@@ -16,7 +16,7 @@ from typing import Any
 from d3lib.artefacts import read_json
 from d3lib.experiments import BUDGETS, Run, all_runs, make_run, manifest
 from d3lib.intervals import converged, prediction_interval
-from d3lib.records import State, committed_records, is_current, read_record
+from d3lib.records import BOOK, State, committed_records, is_current, read_record
 from d3lib.scoring import baselines_path
 
 REFERENCE = Path(__file__).resolve().parent / "reference" / "paper_results.csv"
@@ -108,11 +108,14 @@ def what_stands_behind(budget: str, out: Path, only: str) -> str:
 
 
 def load_baselines(budget: str, out: Path) -> dict[str, dict[str, Any]]:
-    """The baselines' scores by training set, for the sets that have been scored."""
-    runs = runs_of(budget, out, "fig2").values()
-    paths = {run.train_set: baselines_path(run, out / budget) for run in runs if run.seed == 0}
+    """The baselines' scores by training set, for the sets that have been scored here or for the book."""
+    runs = [run for run in runs_of(budget, out, "fig2").values() if run.seed == 0]
+    paths = {run.train_set: [baselines_path(run, place) for place in (out / budget, BOOK / budget)] for run in runs}
     return {
-        name: read_json(path, format="d3lib-baselines", version=1) for name, path in paths.items() if path.is_file()
+        name: read_json(path, format="d3lib-baselines", version=1)
+        for name, both in paths.items()
+        for path in [next(filter(Path.is_file, both), None)]
+        if path is not None
     }
 
 

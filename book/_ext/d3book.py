@@ -146,10 +146,17 @@ class Exercise(SphinxDirective):
         return [box, *messages]
 
 
+def make_citations_list_items(app: Sphinx, page: str, template: str, context: dict, doctree: object) -> None:
+    """Entries of the bibliography stand in a list, and a list has items: docutils gives them an outdated role."""
+    if "body" in context:
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
 def setup(app: Sphinx) -> dict:
     app.add_directive("exercise", Exercise)
     for listener in (choose_cache, execute_pages, use_local_mathjax, show_repository):
         app.connect("config-inited", listener)
     app.connect("html-page-context", add_colab_button, priority=600)  # after the theme has made its buttons
+    app.connect("html-page-context", make_citations_list_items)
     app.connect("build-finished", copy_mathjax)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
