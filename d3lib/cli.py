@@ -96,7 +96,9 @@ def build_parser() -> Parser:
 
     predict = _command(commands, "predict", _predict, "depth from your own picture")
     predict.add_argument("image", type=Path, help="a JPEG or PNG picture")
-    predict.add_argument("--weights", type=Path, help="a .safetensors file (default: the newest of the batch)")
+    predict.add_argument(
+        "--weights", type=Path, help="a .safetensors file (default: your newest long run, else the book's small one)"
+    )
     predict.add_argument("--intrinsics", metavar="FX,FY,CX,CY", help="in pixels of the picture: also writes a .ply")
     predict.add_argument("--to", type=Path, help="folder for the results (default: beside the picture)")
     _add_places(predict)
@@ -305,9 +307,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from d3lib.predict import newest_weights, parse_intrinsics, predict_picture
+    from d3lib.predict import choose_weights, parse_intrinsics, predict_picture
 
-    weights = options.weights or newest_weights(options.out)
+    weights = options.weights or choose_weights(options.out)
     intrinsics = parse_intrinsics(options.intrinsics) if options.intrinsics else None
     for path in predict_picture(options.image, weights, options.to, intrinsics, options.device):
         print(path)

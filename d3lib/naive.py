@@ -91,10 +91,7 @@ class Pictures(Dataset):
     """Pairs of JPEG pictures and 16-bit PNG depth in millimetres, through PIL and torchvision's transforms."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        from d3lib._torchvision import import_torchvision
-
         self.folder, self.count = folder, count
-        self.transforms = import_torchvision().transforms
 
     def __len__(self) -> int:
         return self.count
@@ -102,11 +99,14 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         from PIL import Image
 
+        from d3lib._torchvision import import_torchvision
+
+        functional = import_torchvision().transforms.functional
         with Image.open(self.folder / f"{index}.jpg") as rgb, Image.open(self.folder / f"{index}.png") as depth:
-            picture = self.transforms.functional.to_tensor(rgb.convert("RGB"))
+            picture = functional.to_tensor(rgb.convert("RGB"))
             metres = torch.from_numpy(np.asarray(depth).astype(np.float32) / 1000)[None]
         if random.random() < 0.5:
-            picture, metres = self.transforms.functional.hflip(picture), self.transforms.functional.hflip(metres)
+            picture, metres = functional.hflip(picture), functional.hflip(metres)
         return {"rgb": picture, "depth": metres}
 
 

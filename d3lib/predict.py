@@ -15,33 +15,40 @@ from d3lib.data.loader import resize_sample, to_float
 from d3lib.errors import UserError
 from d3lib.evaluation import as_predictor, load_network
 from d3lib.experiments import BUDGETS
-from d3lib.records import read_record
+from d3lib.records import BOOK, read_record
+from d3lib.results import QUICK
 from d3lib.training import pick_device
 
 MAX_ASPECT = 8  # a narrower picture is refused: it would be blown up beyond memory
 CLOUD_WIDTH = 640  # a point cloud has at most so many points in a row
+DEMONSTRATION = BOOK / "demonstration" / "weights.safetensors"  # of a small network, with its model card
 Intrinsics = tuple[float, float, float, float]
 
 
-def newest_weights(out: Path) -> Path:
-    """The weights that were made last below `out`. Raises `UserError` that says how to get some if there are none."""
+def choose_weights(out: Path, demonstration: Path = DEMONSTRATION) -> Path:
+    """The weights made last below `out` by a run long enough to show something, else the book's, else the last at all.
+
+    Raises `UserError` that says how to get some if there are none.
+    """
     found = sorted(out.glob("*/*/weights.safetensors"), key=lambda path: path.stat().st_mtime)
-    found = [path for path in found if _is_trained(path)] or found  # rather than one of a few steps
+    trained = [path for path in found if _is_trained(path)]
+    if not trained and demonstration.is_file():
+        return demonstration
     if not found:
         raise UserError(
             f"no weights below {out}: make some with `make batch` (minutes on a CPU) or `d3lib train`, "
             "or name a file with --weights"
         )
-    return found[-1]
+    return (trained or found)[-1]
 
 
 def _is_trained(weights: Path) -> bool:
-    """Whether the run had at least the steps that its budget gives a run."""
+    """Whether the run had at least the steps that its budget gives a run, and the budget more than a few."""
     try:
         run = read_record(weights.with_name("record.json"))["run"]
     except UserError:
         return False
-    return run["steps"] >= BUDGETS[run["budget"]].steps
+    return run["budget"] not in QUICK and run["steps"] >= BUDGETS[run["budget"]].steps
 
 
 def parse_intrinsics(text: str) -> Intrinsics:

@@ -1,13 +1,18 @@
 """Depth from one's own picture: what is written, in which units, and what happens without weights."""
 
+import os
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from d3lib.artefacts import load_weights, save_weights
+from d3lib.artefacts import load_weights, save_weights, write_json
 from d3lib.errors import UserError
+from d3lib.evaluation import as_predictor, load_network
 from d3lib.models import D3Net
-from d3lib.predict import newest_weights, parse_intrinsics, point_cloud, predict_depth, predict_picture
+from d3lib.predict import DEMONSTRATION, choose_weights, parse_intrinsics, point_cloud, predict_depth, predict_picture
+from d3lib.records import RECORD, RECORD_VERSION, committed_records
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +68,32 @@ def test_wide_pictures_give_thinned_clouds():
     assert len(points) == len(colours) == 4 * 434
 
 
-def test_the_newest_weights_are_used_and_their_absence_is_explained(weights, tmp_path):
-    assert newest_weights(weights.parents[2]) == weights
+def test_the_last_long_run_predicts_else_the_books_small_network_else_whatever_there_is(weights, tmp_path):
+    runs, absent, book = tmp_path / "runs", tmp_path / "absent", tmp_path / "book.safetensors"
+    assert choose_weights(weights.parents[2], absent) == weights  # made without a record: the only one
     with pytest.raises(UserError, match="make batch"):
-        newest_weights(tmp_path)
+        choose_weights(runs, absent)
+    book.touch()
+    assert choose_weights(weights.parents[2], book) == choose_weights(runs, book) == book
+    made = {}
+    for age, (budget, steps) in enumerate([("study", 12000), ("laptop", 2000), ("laptop", 3), ("smoke", 96)]):
+        made[budget, steps] = runs / budget / str(steps) / "weights.safetensors"
+        content = {"run": {"budget": budget, "steps": steps}}
+        write_json(made[budget, steps].with_name("record.json"), content, format=RECORD, version=RECORD_VERSION)
+        made[budget, steps].touch()
+        os.utime(made[budget, steps], (age, age))
+    assert choose_weights(runs, book) == made["laptop", 2000]  # later ones were too short
+
+
+def test_the_books_network_is_small_and_says_what_it_is():
+    net, made = load_network(DEMONSTRATION)
+    assert DEMONSTRATION.stat().st_size < 5e6 and "rooms" in made["trained_on"]
+    card = DEMONSTRATION.with_name("model_card.md").read_text(encoding="utf-8")
+    record = next(record for record in committed_records() if record["key"] == made["key"])
+    assert made["key"] in card and record["weights_digest"][:16] in card
+    rgb = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    depth = as_predictor(net)(rgb)
+    assert depth.shape == (1, 1, 96, 128) and 0 < depth.min() and depth.max() < 10
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "0,1,2,3", "1,1,nan,2", ""])
