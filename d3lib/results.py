@@ -91,6 +91,10 @@ def what_stands_behind(budget: str, out: Path, only: str) -> str:
     text += f"{len(done)} of {len(records)} runs have a record. "
     if not done:
         return text + "Nothing was run yet."
+    came = sum(
+        record is not None and not (out / budget / key / "record.json").is_file() for key, record in records.items()
+    )
+    text += f"{came} of them came with the book. " if came else ""
     data = done[0]["data"]["description"].split(",")[0]
     seeds = sorted(Counter((r["run"]["loss"], r["run"]["train_set"], r["run"]["encoder"]) for r in done).values())
     size = next(iter(runs.values()))
