@@ -130,7 +130,7 @@ def test_unfit_pictures_give_one_line_and_exit_code_2(capsys, tmp_path, spoil):
         (("train", "--init", "missing.safetensors"), "missing.safetensors"),
         (("evaluate", "--weights", "missing.safetensors"), "missing.safetensors"),
         (("predict", "missing.jpg", "--weights", "missing.safetensors"), "missing.jpg"),
-        (("predict", "missing.jpg"), "make batch"),
+        (("predict", "missing.jpg"), "missing.jpg: no such file"),
         (("reproduce", "--budget", "huge"), "budget 'huge'"),
         (("reproduce", "--only", "fig9"), "fig9"),
         (("status", "--budget", "huge"), "budget 'huge'"),

@@ -19,7 +19,7 @@ def record(rms, **fields):
     return {
         "key": "k",
         "run": run,
-        "data": {"target": "depth"},
+        "data": {"target": "depth", "description": "frames, some"},
         "metrics": {"chosen": {"test": {"depth": {"pooled": {"rms": rms}}}}},
         "provenance": {"code_digest": code_digest(*TRAINING_CODE)},
     }

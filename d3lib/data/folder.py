@@ -255,5 +255,7 @@ def _map(path: str | Path) -> np.ndarray:
 
 
 def _unreadable(path: str | Path, what: str, error: Exception) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: no such file; check its name")
     reason = " ".join(str(error).replace(str(path), "file").split())[:200] or type(error).__name__
     return UserError(f"{path}: not a readable {what} ({reason}); export it again or take it away")
