@@ -18,7 +18,7 @@ from d3lib.artefacts import PROJECT, atomic_path, atomic_write, locked
 from d3lib.costs import plan_text
 from d3lib.errors import UserError
 from d3lib.experiments import Run, all_runs
-from d3lib.records import State
+from d3lib.records import State, committed_records, is_current
 from d3lib.results import read_plan, source_of
 from d3lib.training import pick_device
 
@@ -181,11 +181,15 @@ def work_through(
     minutes: float = math.inf,
     jobs: int | None = None,
     device: str = "auto",
+    go_on: bool = False,
 ) -> int:
     """Do a budget's runs without the engine, in the manifest's order, `jobs` at a time, and stop in time.
 
     For a bare machine: it needs what `d3lib train` needs. Runs that are done are left alone; one that is cut off by
     the clock goes on from its checkpoint when this is called again.
+
+    Args:
+        go_on: leave out runs whose records came with the book, made by today's training code: to add to a study.
 
     Returns 0 if everything that was started ended well, else 1.
     """
@@ -195,7 +199,8 @@ def work_through(
         with atomic_write(place / "plan.json") as file:
             json.dump(plan | {"out": str(place)}, file)
         runs = all_runs(budget, only, plan["data"], plan["pictures"])
-        waiting = [key for key in runs if State(place / key).read()[0] != "done"]
+        kept = {record["key"] for record in committed_records() if go_on and is_current(record)}
+        waiting = [key for key in runs if key not in kept and State(place / key).read()[0] != "done"]
         count = jobs or (1 if pick_device(device).startswith("cuda") else os.cpu_count() or 1)
         command = [sys.executable, "-m", "d3lib", "train", "--out", str(out), "--data-root", plan["data_root"]]
         command += ["--pictures", plan["pictures"]] if plan["pictures"] else []

@@ -115,6 +115,7 @@ def build_parser() -> Parser:
     bare.add_argument("--no-engine", action="store_true", help="work through the runs in the order of the manifest")
     bare.add_argument("--minutes", type=float, default=math.inf, help="stop in time; the same command goes on later")
     bare.add_argument("--jobs", type=int, help="runs at a time (default: one on a GPU, else one per core)")
+    bare.add_argument("--go-on", action="store_true", help="leave out runs whose records came with the book")
     _add_places(reproduce)
 
     status = _command(commands, "status", _status, "a budget's figures and tables: runs done, running, failed, not run")
@@ -325,9 +326,11 @@ def _reproduce(options: argparse.Namespace) -> int:
         if options.minutes <= 0 or (options.jobs is not None and options.jobs < 1):
             raise UserError("--minutes and --jobs must be positive")
         limits = {"minutes": options.minutes, "jobs": options.jobs, "device": options.device}
+        limits["go_on"] = options.go_on
         return work_through(options.budget, **places, **limits)
-    if options.jobs or options.minutes != math.inf or options.device != "auto":
-        raise UserError("--jobs, --minutes and --device go with --no-engine; the engine takes --cores or --profile")
+    if options.jobs or options.minutes != math.inf or options.device != "auto" or options.go_on:
+        names = "--jobs, --minutes, --device and --go-on"
+        raise UserError(f"{names} go with --no-engine; the engine takes --cores or --profile")
     engine = {"cores": options.cores, "dry_run": options.dry_run, "prepare": options.prepare}
     return reproduce(options.budget, **places, **engine, profile=options.profile)
 

@@ -16,7 +16,8 @@ from d3lib.batch import (
 )
 from d3lib.cli import main
 from d3lib.errors import UserError
-from d3lib.experiments import manifest
+from d3lib.experiments import all_runs, manifest
+from d3lib.provenance import TRAINING_CODE, code_digest
 from d3lib.records import read_record
 
 PAGE = """---
@@ -150,6 +151,17 @@ def test_runs_without_the_engine_stop_in_time_and_go_on(tmp_path, capfd):
     assert path.stat().st_mtime_ns == before
     assert work_through("drill", out=tmp_path, only="skips", minutes=1e-6, device="cpu") == 0  # no time: none begun
     assert len(list(tmp_path.glob("drill/*/record.json"))) == 1
+
+
+def test_a_study_goes_on_from_the_records_of_the_book(tmp_path, monkeypatch, capsys):
+    keys = list(all_runs("drill", "fig2"))
+    made = {"code_digest": code_digest(*TRAINING_CODE)}
+    book = [{"key": key, "provenance": made} for key in keys[2:]]
+    book[-1] = {"key": keys[-1], "provenance": {"code_digest": "older"}}
+    monkeypatch.setattr("d3lib.batch.committed_records", lambda: book)
+    for go_on, count in ((True, 3), (False, len(keys))):
+        assert work_through("drill", out=tmp_path, only="fig2", minutes=1e-6, device="cpu", go_on=go_on) == 0
+        assert f"{count} runs to do" in capsys.readouterr().out
 
 
 def test_a_run_by_its_key_gives_the_bytes_of_the_run_by_its_fields(tmp_path):
