@@ -214,7 +214,6 @@ def _bench_train(device: str) -> Iterator[Row]:
             from_memory()
             lost = [100 * (_seconds(from_store) / _seconds(from_memory) - 1) for _ in range(repeats)]
             yield _row(f"train D3-Net 8x{where}, {precision}: waiting for pictures", "%", lost)
-        del files
 
 
 def _bench_infer(device: str) -> Iterator[Row]:

@@ -350,6 +350,8 @@ def _keep(options: argparse.Namespace) -> None:
 
     place = options.out / options.budget
     done = [key for key in runs_of(options.budget, options.out) if State(place / key).read()[0] == "done"]
+    if not done:
+        raise UserError(f"{place}: no run of budget {options.budget} is done there; name another folder with --out")
     path = BOOK / f"{options.budget}.jsonl"
     count = keep_records((read_record(place / key / "record.json") for key in done), path)
     for file in (place / "baselines").glob("*.json"):

@@ -16,14 +16,12 @@ from d3lib.provenance import TRAINING_CODE, code_digest
 
 RECORD, RECORD_VERSION = "d3lib-record", 1
 STATE = "d3lib-state"
+BOOK = PROJECT / "book" / "records"  # what comes with the book
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """A run's record. Raises `UserError` if it is missing, damaged or of another version."""
     return read_json(path, format=RECORD, version=RECORD_VERSION)
-
-
-BOOK = PROJECT / "book" / "records"  # what comes with the book
 
 
 def committed_records(folder: Path = BOOK) -> list[dict[str, Any]]:

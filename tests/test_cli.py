@@ -131,6 +131,7 @@ def test_unfit_pictures_give_one_line_and_exit_code_2(capsys, tmp_path, spoil):
         (("evaluate", "--weights", "missing.safetensors"), "missing.safetensors"),
         (("predict", "missing.jpg", "--weights", "missing.safetensors"), "missing.jpg"),
         (("predict", "missing.jpg"), "missing.jpg: no such file"),
+        (("keep", "--budget", "drill"), "no run of budget drill is done"),
         (("reproduce", "--budget", "huge"), "budget 'huge'"),
         (("reproduce", "--only", "fig9"), "fig9"),
         (("status", "--budget", "huge"), "budget 'huge'"),
