@@ -44,7 +44,7 @@ def fill_depth(rgb: np.ndarray, depth: np.ndarray, alpha: float = 1.0) -> np.nda
         float64 (H, W), metres, within `ACCURACY` of the exact solution and so between the smallest and the largest
         known depth.
 
-    Memory of the whole process, NumPy, SciPy and numba included: 0.21 GB for most frames of 427x561. Where nearly all is
+    Memory of the process, NumPy, SciPy and numba included: 0.21 GB for most frames of 427x561. Where nearly all is
     missing, or alpha is a tenth or less and the turns do not suffice, one factorisation holds all pixels: 0.39 GB
     (480x640: 0.46 GB).
 
