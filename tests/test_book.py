@@ -125,6 +125,9 @@ def open_page(browser, address, width, theme):
     )
     page.goto(address, wait_until="load")
     page.evaluate("async () => { if (window.MathJax?.startup) await MathJax.startup.promise }")
+    # The theme is set by a script, and buttons fade to its colours: half-way, their contrast is of neither theme.
+    fades = "document.getAnimations().filter(each => each instanceof CSSTransition)"
+    page.evaluate(f"() => Promise.allSettled({fades}.map(each => each.finished))")
     return page, faults
 
 
