@@ -17,7 +17,7 @@ from typing import Any
 from d3lib.artefacts import PROJECT, atomic_path, atomic_write, locked
 from d3lib.costs import plan_text
 from d3lib.errors import UserError
-from d3lib.experiments import Run, all_runs
+from d3lib.experiments import Run, all_runs, runs_to_do
 from d3lib.records import State, committed_records, is_current
 from d3lib.results import read_plan, source_of
 from d3lib.training import pick_device
@@ -198,8 +198,9 @@ def work_through(
     with locked(place / ".batch.lock", wait=False):
         with atomic_write(place / "plan.json") as file:
             json.dump(plan | {"out": str(place)}, file)
-        runs = all_runs(budget, only, plan["data"], plan["pictures"])
+        runs = runs_to_do(budget, only, plan["data"], plan["pictures"])
         kept = {record["key"] for record in committed_records() if go_on and is_current(record)}
+        kept -= {run.init.removeprefix("run:") for run in runs.values()}  # a record alone is no start for another run
         waiting = [key for key in runs if key not in kept and State(place / key).read()[0] != "done"]
         count = jobs or (1 if pick_device(device).startswith("cuda") else os.cpu_count() or 1)
         command = [sys.executable, "-m", "d3lib", "train", "--out", str(out), "--data-root", plan["data_root"]]

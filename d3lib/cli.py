@@ -15,7 +15,7 @@ from typing import NoReturn
 from d3lib import __version__
 from d3lib.artefacts import runs_folder
 from d3lib.errors import StoppedError, UserError
-from d3lib.experiments import BUDGETS, Run, find_run, make_run, plain_kind
+from d3lib.experiments import BUDGETS, FOLDS, Run, find_run, make_run, plain_kind
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,12 +79,16 @@ def build_parser() -> Parser:
     raw.add_argument("--step", choices=("plan", "process", "store"), help="one step alone (default: all three)")
     raw.add_argument("--profile", type=Path, help="run one job per archive by this Snakemake profile (a cluster)")
     _add_out(raw)
+    folds = _command(data, "folds", _data_folds, "split your own pairs by place, each part a test set")
+    folds.add_argument("pictures", type=Path, metavar="DIR", help="a folder of pairs, rgb/train and depth/train")
+    folds.add_argument("--to", type=Path, required=True, metavar="DIR", help="the new folder, of links")
+    folds.add_argument("--folds", type=int, default=FOLDS, metavar="N", help=f"default: {FOLDS}, as the batch asks")
     verify = _command(data, "verify", _data_verify, "check every byte of a store against its digests")
     verify.add_argument("store", type=Path, help="the store's folder")
 
     train = _command(commands, "train", _train, "do one run: train, evaluate, write its record")
     train.add_argument("--run", metavar="KEY", help="a run of a budget's manifest, instead of flags for its fields")
-    train.add_argument("--pictures", type=Path, metavar="DIR", help="with --run: the batch's real RGB-D pairs")
+    train.add_argument("--pictures", type=Path, metavar="DIR", help="with --run: the batch's folds of real RGB-D pairs")
     train.add_argument("--data-root", type=Path, metavar="DIR", help="prepared data (default: OUT/data)")
     _add_run_flags(train)
     _add_places(train)
@@ -109,7 +113,9 @@ def build_parser() -> Parser:
     reproduce.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and run nothing")
     reproduce.add_argument("--prepare", action="store_true", help="only fetch weights and make the data")
     reproduce.add_argument("--data", type=Path, metavar="DIR", help="where prepared data lie (default: OUT/data)")
-    reproduce.add_argument("--pictures", type=Path, metavar="DIR", help="real RGB-D pairs: also try transfer to them")
+    reproduce.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="folds of real RGB-D pairs: also try transfer to them"
+    )
     reproduce.add_argument("--profile", type=Path, help="a Snakemake profile folder (a cluster, for example)")
     bare = reproduce.add_argument_group("without the engine, on a bare machine: no notebooks, no figures")
     bare.add_argument("--no-engine", action="store_true", help="work through the runs in the order of the manifest")
@@ -264,6 +270,13 @@ def _data_nyu_raw(options: argparse.Namespace) -> int:
     return 0
 
 
+def _data_folds(options: argparse.Namespace) -> None:
+    from d3lib.data.folder import write_folds
+
+    sizes = write_folds(options.pictures, options.to, options.folds)
+    print(f"{options.to}: {len(sizes)} folds of {', '.join(map(str, sizes))} pairs")
+
+
 def _data_verify(options: argparse.Namespace) -> None:
     from d3lib.data.shards import open_store
 
@@ -345,18 +358,20 @@ def _status(options: argparse.Namespace) -> None:
 
 def _keep(options: argparse.Namespace) -> None:
     from d3lib.artefacts import atomic_write
-    from d3lib.records import BOOK, State, keep_records, read_record
+    from d3lib.records import BOOK, State, keep_records, published, read_record
     from d3lib.results import runs_of
+    from d3lib.scoring import baselines_path
 
-    place = options.out / options.budget
-    done = [key for key in runs_of(options.budget, options.out) if State(place / key).read()[0] == "done"]
+    place, runs = options.out / options.budget, runs_of(options.budget, options.out)
+    done = [key for key in runs if State(place / key).read()[0] == "done"]
     if not done:
         raise UserError(f"{place}: no run of budget {options.budget} is done there; name another folder with --out")
     path = BOOK / f"{options.budget}.jsonl"
     count = keep_records((read_record(place / key / "record.json") for key in done), path)
-    for file in (place / "baselines").glob("*.json"):
-        with atomic_write(BOOK / options.budget / "baselines" / file.name) as copy:
-            copy.write(file.read_text(encoding="utf-8"))
+    for run in runs.values():
+        if (file := baselines_path(run, place)).is_file():
+            with atomic_write(baselines_path(published(run), BOOK / options.budget)) as copy:
+                copy.write(file.read_text(encoding="utf-8"))
     print(f"{path}: {count} records, {len(done)} of them from {place}")
 
 

@@ -369,12 +369,14 @@ FIGURE_PAGES: Mapping[str, str] = types.MappingProxyType(
         "fig5": "experiments/fig5.md",
         "table2": "experiments/table2.md",
         "beyond": "experiments/beyond.md",
+        "real": "experiments/real.md",
         "claims": "experiments/claims.md",
         "results": "experiments/results.md",
     }
 )
 """The notebooks that draw figures and tables from records, below `book/`; each takes the parameter `budget`."""
-HELD_OUT = 16  # pairs of a folder of real pictures that test the transfer to them
+FOLDS = 5  # of a folder of real pictures, each the test set in its turn (see `d3lib.data.folder.write_folds`)
+TRANSFER_STEPS = 500  # on a few real pictures, each of which is seen dozens of times
 OVERVIEWS = ("claims", "results")  # the pages that read every run
 
 
@@ -389,7 +391,7 @@ class Item:
 
     @property
     def beyond(self) -> bool:
-        """Whether the paper does not have it."""
+        """Whether the paper does not have it, and a run of the paper differs from it in one thing."""
         return self.page == "beyond"
 
 
@@ -398,7 +400,7 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
 
     Args:
         data: take the budget's runs on this data source instead of its own (rooms where NYU is absent).
-        pictures: a folder of real RGB-D pairs; with it comes the question of transfer to them.
+        pictures: a folder of the folds of real RGB-D pairs; with it comes the question of transfer to them.
 
     The order is that of what they teach per hour of computing: the main grid, then Figure 5, then what the paper lacks.
     """
@@ -471,20 +473,26 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
              tuple(dataclasses.replace(run, encoder="resnet50_narrow") for run in encoders
                    if run.encoder == "resnet50" and run.loss in ("l1", "eigen", "gan")), "beyond"),
         *([Item("transfer", "Does a network trained on the batch's data learn real pictures better than a new one?",
-                _transfer(grid, pictures, row, points), "beyond")] if pictures else []),
+                _transfer(grid, pictures, row), "real")] if pictures else []),
         *([Item("pretraining", "What do ImageNet weights bring?",
                 runs(("l1", "gan"), pretrained=not row.pretrained), "beyond")] if row.encoder != "tiny" else []),
     ]  # fmt: skip
     return {item.name: item for item in items}
 
 
-def _transfer(grid: Iterable[Run], pictures: str, row: Budget, points: int) -> tuple[Run, ...]:
-    """Runs on real pictures, from random weights and from those of the middle set's run of the same loss and seed."""
-    before = [run for run in grid if run.train_set == "12k" and run.loss in ("l1", "eigen", "gan")]
-    shared = {"data": f"folder:{pictures}", "hold_out": HELD_OUT, "target": "sensor", "pretrained": False}
-    shared |= {"steps": row.beyond_steps, "evaluations": points}
-    starts = [(run, init) for run in before if run.seed < row.beyond_seeds for init in ("", f"run:{run.key}")]
-    return tuple(dataclasses.replace(run, init=init, **shared) for run, init in starts)
+def _transfer(grid: Iterable[Run], pictures: str, row: Budget) -> tuple[Run, ...]:
+    """Runs on real pictures, from random weights and from those of the middle set's first run of the same loss.
+
+    What repeats here is the fold: other pictures to learn from, others to be tested on.
+    """
+    before = [run for run in grid if (run.train_set, run.seed) == ("12k", 0) and run.loss in ("l1", "eigen", "gan")]
+    shared = {"target": "sensor", "pretrained": False, "steps": min(row.beyond_steps, TRANSFER_STEPS), "evaluations": 5}
+    return tuple(
+        dataclasses.replace(run, init=init, data=f"folder:{pictures}/fold-{fold}", **shared)
+        for fold in range(1, FOLDS + 1)
+        for run in before
+        for init in ("", f"run:{run.key}")
+    )
 
 
 def all_runs(
@@ -500,6 +508,15 @@ def all_runs(
         names = dict.fromkeys([*items, *FIGURE_PAGES])
         raise UserError(f"there is no figure or table {only!r}; choose one of {', '.join(names)}")
     return {run.key: run for item in chosen for run in item.runs}
+
+
+def runs_to_do(
+    budget: str, only: str | None = None, data: str | None = None, pictures: str | None = None
+) -> dict[str, Run]:
+    """The runs of `all_runs`, and before them those whose weights some of them start from."""
+    runs = all_runs(budget, only, data, pictures)
+    starts = dict.fromkeys(run.init.removeprefix("run:") for run in runs.values() if run.init.startswith("run:"))
+    return {key: all_runs(budget, None, data, pictures)[key] for key in starts} | runs
 
 
 def pages_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from d3lib.artefacts import PROJECT, atomic_write, canonical_json, read_json, unwrap, wrap, write_json
 from d3lib.errors import UserError
+from d3lib.experiments import Run
 from d3lib.intervals import converged
 from d3lib.provenance import TRAINING_CODE, code_digest
 
@@ -40,14 +42,24 @@ def committed_records(folder: Path = BOOK) -> list[dict[str, Any]]:
 def keep_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:
     """Give `path`, a part of the book, a line for each record, beside those of other runs; returns how many it has.
 
-    Numbers are rounded to six digits, of which the pages show three or four.
+    Numbers are rounded to six digits, of which the pages show three or four. Of a folder of pictures only the name is
+    kept (see `published`).
     """
     kept = {record["key"]: record for record in committed_records(path.parent) if path.stem == record["run"]["budget"]}
-    kept |= {record["key"]: _rounded(record) for record in records}
+    for record in records:
+        run = published(Run(**record["run"]))
+        kept[run.key] = _rounded({**record, "run": dataclasses.asdict(run), "key": run.key})
     with atomic_write(path) as file:
         for key in sorted(kept):
             file.write(canonical_json(wrap(kept[key], format=RECORD, version=RECORD_VERSION)) + "\n")
     return len(kept)
+
+
+def published(run: Run) -> Run:
+    """A run as the book names it: of a folder of pictures, `<name>/fold-K` and not where it lies on some machine."""
+    if not run.data.startswith("folder:"):
+        return run
+    return dataclasses.replace(run, data="folder:" + "/".join(Path(run.data.removeprefix("folder:")).parts[-2:]))
 
 
 def _rounded(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from d3lib.artefacts import read_json
 from d3lib.experiments import BUDGETS, Run, all_runs, make_run, manifest
 from d3lib.intervals import converged, prediction_interval
-from d3lib.records import BOOK, State, committed_records, is_current, read_record
+from d3lib.records import BOOK, State, committed_records, is_current, published, read_record
 from d3lib.scoring import baselines_path
 
 REFERENCE = Path(__file__).resolve().parent / "reference" / "paper_results.csv"
@@ -67,9 +67,15 @@ def read_plan(budget: str, out: Path) -> dict[str, Any]:
 
 
 def choice_of(budget: str, out: Path) -> dict[str, str | None]:
-    """The data source, and the folder of real pictures if any, of the batch in `out`; arguments of `manifest`."""
+    """The data source, and the folder of real pictures if any, of the batch in `out`; arguments of `manifest`.
+
+    Where this copy has no such folder, it is the one whose records came with the book.
+    """
     plan = read_plan(budget, out)
-    return {"data": source_of(budget, Path(plan.get("data_root", out / "data"))), "pictures": plan.get("pictures")}
+    known = [record["run"]["data"] for record in committed_records() if record["run"]["budget"] == budget]
+    folders = [str(Path(data.removeprefix("folder:")).parent) for data in known if data.startswith("folder:")]
+    pictures = plan.get("pictures") or next(iter(folders), None)
+    return {"data": source_of(budget, Path(plan.get("data_root", out / "data"))), "pictures": pictures}
 
 
 def load_records(budget: str, out: Path, only: str | None = None) -> dict[str, dict[str, Any] | None]:
@@ -78,8 +84,9 @@ def load_records(budget: str, out: Path, only: str | None = None) -> dict[str, d
     Raises `UserError` for a damaged one.
     """
     found = {key: out / budget / key / "record.json" for key in runs_of(budget, out, only)}
+    names = {key: published(run).key for key, run in runs_of(budget, out, only).items()}
     book = {record["key"]: record for record in committed_records()}
-    return {key: read_record(path) if path.is_file() else book.get(key) for key, path in found.items()}
+    return {key: read_record(path) if path.is_file() else book.get(names[key]) for key, path in found.items()}
 
 
 def what_stands_behind(budget: str, out: Path, only: str) -> str:
@@ -111,10 +118,16 @@ def what_stands_behind(budget: str, out: Path, only: str) -> str:
     return text
 
 
-def load_baselines(budget: str, out: Path) -> dict[str, dict[str, Any]]:
-    """The baselines' scores by training set, for the sets that have been scored here or for the book."""
-    runs = [run for run in runs_of(budget, out, "fig2").values() if run.seed == 0]
-    paths = {run.train_set: [baselines_path(run, place) for place in (out / budget, BOOK / budget)] for run in runs}
+def load_baselines(budget: str, out: Path, item: str = "fig2") -> dict[str, dict[str, Any]]:
+    """The baselines' scores by training set, or by `fold-K`, for the sets that were scored here or for the book."""
+    runs = [run for run in runs_of(budget, out, item).values() if run.seed == 0]
+    paths = {
+        Path(run.data).name if run.data.startswith("folder:") else run.train_set: (
+            baselines_path(run, out / budget),
+            baselines_path(published(run), BOOK / budget),
+        )
+        for run in runs
+    }
     return {
         name: read_json(path, format="d3lib-baselines", version=1)
         for name, both in paths.items()
@@ -231,7 +244,8 @@ def contrasts(budget: str, out: Path, item: str, metric: str = "rms") -> list[Co
     pool = [run for run in own.values() if not run.init] if started else pool  # from scratch on the same pictures
     groups: dict[tuple[str, str, str], list[tuple[Run, Run]]] = {}
     for run in own.values():
-        rivals = [r for r in pool if (r.loss, r.train_set, r.seed) == (run.loss, run.train_set, run.seed)]
+        same = (run.loss, run.train_set, run.seed, run.data)
+        rivals = [rival for rival in pool if (rival.loss, rival.train_set, rival.seed, rival.data) == same]
         if not rivals or run in rivals:
             continue
         closest = min(rivals, key=lambda rival: len(_changes(run, rival)))

@@ -138,6 +138,7 @@ def test_unfit_pictures_give_one_line_and_exit_code_2(capsys, tmp_path, spoil):
         (("data", "rooms", "--split", "attic"), "attic"),
         (("data", "rooms", "--size", "large"), "large"),
         (("data", "verify", "missing"), "missing"),
+        (("data", "folds", "missing", "--to", "folds"), "missing: no such folder"),
         (("notebook", "missing.md", "out.ipynb"), "missing.md"),
         (("bench", "everything"), "everything"),
         ((), "COMMAND"),

@@ -8,7 +8,7 @@ import pytest
 
 from d3lib import experiments, losses, models
 from d3lib.errors import UserError
-from d3lib.experiments import BUDGETS, LOSSES, TRAIN_SETS, Run, all_runs, find_run, make_run, manifest
+from d3lib.experiments import BUDGETS, LOSSES, TRAIN_SETS, Run, all_runs, find_run, make_run, manifest, pages_of
 from d3lib.results import paper_numbers
 
 
@@ -61,10 +61,11 @@ def test_real_pictures_bring_the_question_of_transfer_in_pairs():
     assert "transfer" not in manifest("study")
     runs = manifest("study", pictures="/pictures")["transfer"].runs
     scratch, tuned = ([run for run in runs if bool(run.init) == with_init] for with_init in (False, True))
-    assert {run.data for run in runs} == {"folder:/pictures"}
-    assert [dataclasses.replace(run, init="") for run in tuned] == scratch
+    assert {run.data for run in runs} == {f"folder:/pictures/fold-{fold}" for fold in range(1, 6)}
+    assert [dataclasses.replace(run, init="") for run in tuned] == scratch and len(set(scratch)) == 3 * 5
     grid = {f"run:{run.key}": run for run in manifest("study")["fig2"].runs}
     assert all((grid[run.init].loss, grid[run.init].seed) == (run.loss, run.seed) for run in tuned)
+    assert pages_of("study", "transfer", pictures="/pictures").keys() == {"real"}
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from d3lib.data.folder import FolderRGBD, pair_by_time, read_depth, read_rgb, time_of
+from d3lib.data.folder import FolderRGBD, pair_by_time, read_depth, read_rgb, time_of, write_folds
 from d3lib.data.shards import open_store
 from d3lib.errors import UserError
 
@@ -378,6 +378,36 @@ def test_damaged_depth_files_give_an_array_or_one_line(tmp_path_factory, name, c
         assert read_depth(path).ndim == 2
     except UserError as error:
         assert "\n" not in str(error)
+
+
+# --- folds ---
+
+
+def test_folds_cut_a_walk_at_its_pauses_and_test_every_picture_once(tmp_path):
+    start = datetime(2026, 5, 4, 9, tzinfo=UTC)
+    seconds = np.cumsum([0, 9, 9, 9, 60, 9, 9, 9, 9, 90, 9, 9])  # pauses after the 4th and the 9th, not at 4 and 8
+    stamps = [(start + timedelta(seconds=int(t))).strftime("%Y-%m-%dT%H:%M:%S.000000") for t in seconds]
+    source = folder(tmp_path / "walk", [f"{t}.jpg" for t in stamps], [f"{t}.png" for t in stamps])
+    assert write_folds(source, tmp_path / "new" / "folds", 3) == [4, 5, 3]
+    tested = []
+    for fold in (1, 2, 3):
+        train, test = (FolderRGBD(tmp_path / "new" / "folds" / f"fold-{fold}", split) for split in ("train", "test"))
+        assert sorted(train.names + test.names) == stamps and not train.strays and not test.strays
+        tested += test.names
+    assert tested == stamps
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["folds"]  # nothing half-done is left
+    assert train.pairs[0][0].resolve() == source / "rgb/train" / f"{stamps[0]}.jpg"  # a link, no copy
+
+
+def test_folds_of_pictures_without_times_are_equal_parts(tmp_path):
+    names = [str(number) for number in range(12)]
+    source = folder(tmp_path / "mine", [f"{name}.png" for name in names], [f"{name}.png" for name in names])
+    assert write_folds(source, tmp_path / "folds", 4) == [3, 3, 3, 3]
+    assert FolderRGBD(tmp_path / "folds/fold-2", "test").names == ["3", "4", "5"]
+    refused(lambda: write_folds(source, tmp_path / "folds", 4), str(tmp_path / "folds"), "exists")
+    for folds in (-1, 1, 7):
+        refused(lambda folds=folds: write_folds(source, tmp_path / "other", folds), "12 pairs make 2 to 6 folds")
+    assert not (tmp_path / "other").exists()
 
 
 # --- real pictures ---

@@ -1,6 +1,8 @@
 """Numbers beside the paper's: statuses are computed by the stated rule, from records alone."""
 
 import dataclasses
+import functools
+import json
 
 import pytest
 
@@ -9,8 +11,8 @@ from d3lib.artefacts import write_json
 from d3lib.errors import UserError
 from d3lib.experiments import all_runs, make_run, manifest
 from d3lib.provenance import TRAINING_CODE, code_digest
-from d3lib.records import RECORD, RECORD_VERSION
-from d3lib.results import cell_status, compare, paper_numbers, status_text
+from d3lib.records import RECORD, RECORD_VERSION, committed_records, keep_records
+from d3lib.results import cell_status, compare, paper_numbers, score, status_text
 
 
 def record(rms, **fields):
@@ -129,6 +131,24 @@ def test_a_contrast_pairs_each_run_with_the_run_of_its_seed_that_differs_in_one_
     assert rows["berhu", "learning_rate 0.0004"].differences == pytest.approx((0.02, 0.021, 0.022))
     assert rows["berhu", "learning_rate 0.0001"].differences == pytest.approx((0, 0, 0))
     assert rows["l1", "learning_rate 0.0001"].differences == rows["l1", "learning_rate 0.0001"].values == ()
+
+
+def test_kept_records_of_real_pictures_name_no_place_and_are_found_on_any_machine(tmp_path, monkeypatch):
+    runs = manifest("laptop", pictures="/home/me/office")["transfer"].runs[:2]
+    made = [
+        record(rms, **dataclasses.asdict(run)) | {"key": run.key} for rms, run in zip((0.5, 0.4), runs, strict=True)
+    ]
+    book = tmp_path / "book"
+    assert keep_records(made, book / "laptop.jsonl") == keep_records(made, book / "laptop.jsonl") == 2
+    assert "/home/me" not in (book / "laptop.jsonl").read_text(encoding="utf-8")
+    monkeypatch.setattr(results, "committed_records", functools.partial(committed_records, book))
+    plans = [{}, {"pictures": "/srv/office"}, {"pictures": "/srv/kitchen"}]  # no folder here, the same one, another one
+    for plan, found in zip(plans, ([0.5, 0.4], [0.5, 0.4], []), strict=True):
+        (tmp_path / "laptop").mkdir(exist_ok=True)
+        (tmp_path / "laptop" / "plan.json").write_text(json.dumps(plan))
+        kept = [r for r in results.load_records("laptop", tmp_path, "transfer").values() if r is not None]
+        assert [score(r, "rms") for r in kept] == found
+    assert len(results.load_records("laptop", tmp_path, "transfer")) == 30
 
 
 def test_a_budget_for_nyu_takes_rooms_where_nyu_is_absent_and_says_so(tmp_path):

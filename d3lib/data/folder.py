@@ -8,6 +8,9 @@ Pairing. Where most names are times (`2018-04-26T17:16:27.356719`, `1305031102.1
 time and they are at most `tolerance` seconds apart; so none is used twice, and a picture whose partner is missing
 does not take a neighbour's. Elsewhere equal names (without endings) belong together. What is left over, and every
 name that two files share, is reported in `strays`: nothing is guessed.
+
+Two pictures of one place are nearly one picture, so a random half says nothing about the other. `write_folds` cuts a
+walk where its maker paused, and gives each part its turn as the test set.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from __future__ import annotations
 import bisect
 import logging
 import re
+import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -149,6 +154,47 @@ class FolderRGBD(torch.utils.data.Dataset):
             for path in paths if len(paths) > 1 else ():
                 self.strays[str(path)] = f"{len(paths)} files have this name; keep one"
         return {stem: paths[0] for stem, paths in stems.items() if len(paths) == 1}
+
+
+def write_folds(pictures: str | Path, target: str | Path, folds: int) -> list[int]:
+    """Split the pairs of `pictures` (its split "train") into `folds` parts, each the test set of one folder.
+
+    `<target>/fold-1` ... are folders like `pictures` with splits "train" and "test"; their files are links. Parts are
+    runs of neighbours, nearly equal in size. Between two of them lies the longest pause in reach, a quarter of a part
+    to either side of the equal cut; where names are no times, the equal cut itself.
+
+    Returns the parts' sizes. Raises `UserError` if the target exists, there are fewer than two parts, or too few pairs.
+    """
+    target, pairs = Path(target), FolderRGBD(pictures, "train")
+    if not 2 <= folds <= len(pairs) // 2:
+        raise UserError(f"{pictures}: {len(pairs)} pairs make 2 to {len(pairs) // 2} folds of two or more, not {folds}")
+    if target.exists():
+        raise UserError(f"{target}: exists already; delete it, or name another folder")
+    cuts = [0, *_cuts([time_of(name) for name in pairs.names], folds), len(pairs)]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as place:
+        for fold, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False), 1):
+            for index, pair in enumerate(pairs.pairs):
+                split = "test" if first <= index < last else "train"
+                for kind, path in zip(("rgb", "depth"), pair, strict=True):
+                    link = Path(place) / "folds" / f"fold-{fold}" / kind / split / path.name
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(path.resolve())
+        shutil.move(Path(place) / "folds", target)
+    return [last - first for first, last in zip(cuts, cuts[1:], strict=False)]
+
+
+def _cuts(times: list[float | None], folds: int) -> list[int]:
+    """Where each part but the first begins."""
+    count = len(times)
+    reach = count // (4 * folds)
+    cuts = []
+    for part in range(1, folds):
+        middle = round(part * count / folds)
+        near = sorted(range(middle - reach, middle + reach + 1), key=lambda index: abs(index - middle))
+        pauses = {i: b - a for i in near if (a := times[i - 1]) is not None and (b := times[i]) is not None}
+        cuts.append(max(pauses, key=pauses.__getitem__) if pauses else middle)
+    return cuts
 
 
 def _stamp(path: Path) -> list[Any]:
