@@ -7,7 +7,7 @@ STAMP := $(VENV)/.d3-installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup reproduce test drill batch book colab lint clean distclean
+.PHONY: help setup reproduce test drill batch book colab notebooks links lint clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,12 @@ test: setup lint ## check style and run every test (about as many at once as the
 
 drill: setup ## kill, fill, flip and forge: what a run survives, as a table (LONG=1: hundreds of trials, most of an hour)
 	OMP_NUM_THREADS=1 D3LIB_LONG=$(LONG) $(BIN)/python -m pytest -n $(JOBS) -m "drill or not drill" tests/drills
+
+notebooks: setup ## run every Colab notebook in an environment like Colab's, which it builds (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m colab tests/test_colab.py
+
+links: setup ## ask every address that the book cites whether it still answers (needs the internet)
+	@$(BIN)/jupyter-book build book --config _config.yml --path-output _build/links --builder linkcheck -q
 
 lint: setup ## check style with ruff
 	@$(BIN)/ruff check .

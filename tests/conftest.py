@@ -8,7 +8,7 @@ import pytest
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what runs on request: the drill on SLURM, which starts daemons, and what takes long."""
-    for marker in ("slurm", "drill", "study"):
+    for marker in ("slurm", "drill", "study", "colab"):
         asked = [item for item in items if item.get_closest_marker(marker)]
         if asked and marker not in config.option.markexpr:
             config.hook.pytest_deselected(items=asked)

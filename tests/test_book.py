@@ -187,6 +187,31 @@ def test_a_page_shows_whole_at_every_width_and_in_both_themes_and_asks_nothing_o
     opened.context.close()
 
 
+PRINTED = """() => {
+  const style = (selector, name) => getComputedStyle(document.querySelector(selector))[name];
+  const shown = [...document.querySelectorAll(".bd-header-article, .bd-sidebar-primary, .copybtn, .prev-next-area")]
+    .filter(e => e.getClientRects().length);
+  const wide = [...document.querySelectorAll("main pre, main table, main img")]
+    .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth);
+  return {
+    text: style("main p", "color"), behind: style("body", "backgroundColor"),
+    shown: shown.map(e => e.className), wide: wide.map(e => e.outerHTML.slice(0, 120)),
+  };
+}"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("page", ["losses/huber", "experiments/conclusions"])
+def test_a_page_is_printed_black_on_white_whole_and_without_buttons(browser, server, page):
+    opened, faults = open_page(browser, f"{server}/{page}.html", 794, "dark")  # A4 at 96 pixels an inch
+    opened.emulate_media(media="print", color_scheme="dark")
+    look = opened.evaluate(PRINTED)
+    assert not faults and (look["text"], look["behind"]) == ("rgb(0, 0, 0)", "rgb(255, 255, 255)")
+    assert not look["shown"] and not look["wide"], look
+    assert opened.pdf(format="A4").startswith(b"%PDF")
+    opened.context.close()
+
+
 @pytest.mark.browser
 def test_the_book_reads_from_disk_without_a_server(browser, html):
     opened, faults = open_page(browser, f"file://{html}/{PAGES[0]}.html", 1400, "light")
