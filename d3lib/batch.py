@@ -17,7 +17,7 @@ from typing import Any
 from d3lib.artefacts import PROJECT, atomic_path, atomic_write, locked
 from d3lib.costs import plan_text
 from d3lib.errors import UserError
-from d3lib.experiments import Run, all_runs, runs_to_do
+from d3lib.experiments import FOLDS, Run, runs_to_do
 from d3lib.records import State, committed_records, is_current
 from d3lib.results import read_plan, source_of
 from d3lib.training import pick_device
@@ -147,7 +147,7 @@ def reproduce(
     Raises `UserError` for an unknown budget or item, outside a clone, or while another batch works in `out`.
     """
     plan = make_plan(budget, out, data_root, only, pictures)
-    runs = all_runs(budget, only, plan["data"], plan["pictures"])
+    runs = runs_to_do(budget, only, plan["data"], plan["pictures"])
     if not (PROJECT / "book").is_dir():
         raise UserError(f"{PROJECT / 'book'}: the notebooks are not there; run from a clone of the repository")
     place = out.resolve() / budget
@@ -212,8 +212,12 @@ def work_through(
         print(f"{len(waiting)} runs to do at budget {budget} on {plan['data']}, {count} at a time", flush=True)
         try:
             while working or (waiting and time.monotonic() < deadline):
-                while waiting and len(working) < count and time.monotonic() < deadline:
-                    key = waiting.pop(0)
+                while len(working) < count and time.monotonic() < deadline:
+                    undone = {*waiting, *working}  # who starts from another run waits for it
+                    key = next((key for key in waiting if runs[key].init.removeprefix("run:") not in undone), None)
+                    if key is None:
+                        break
+                    waiting.remove(key)
                     arguments = [*command, "--run", key, "--device", device]
                     with (place / f"{key}.log").open("wb") as log:
                         working[key] = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
@@ -249,6 +253,9 @@ def make_plan(
     former = read_plan(budget, out)
     root = (data_root or Path(former.get("data_root", out / "data"))).resolve()
     folder = str(pictures.resolve()) if pictures else former.get("pictures")
+    for fold in range(1, FOLDS + 1) if pictures else ():
+        if not (pictures / f"fold-{fold}" / "rgb" / "test").is_dir():
+            raise UserError(f"{pictures}: has no fold-{fold}; make {FOLDS} folds of your pairs by `d3lib data folds`")
     where = {"data_root": str(root), "data": source_of(budget, root), "pictures": folder}
     return {"budget": budget, "only": only} | where
 

@@ -79,10 +79,11 @@ def build_parser() -> Parser:
     raw.add_argument("--step", choices=("plan", "process", "store"), help="one step alone (default: all three)")
     raw.add_argument("--profile", type=Path, help="run one job per archive by this Snakemake profile (a cluster)")
     _add_out(raw)
-    folds = _command(data, "folds", _data_folds, "split your own pairs by place, each part a test set")
+    folds = _command(data, "folds", _data_folds, "split your own pairs by time, each part a test set")
     folds.add_argument("pictures", type=Path, metavar="DIR", help="a folder of pairs, rgb/train and depth/train")
     folds.add_argument("--to", type=Path, required=True, metavar="DIR", help="the new folder, of links")
     folds.add_argument("--folds", type=int, default=FOLDS, metavar="N", help=f"default: {FOLDS}, as the batch asks")
+    folds.add_argument("--apart", type=int, default=3, metavar="N", help="pairs left out beside it (default: 3)")
     verify = _command(data, "verify", _data_verify, "check every byte of a store against its digests")
     verify.add_argument("store", type=Path, help="the store's folder")
 
@@ -273,7 +274,7 @@ def _data_nyu_raw(options: argparse.Namespace) -> int:
 def _data_folds(options: argparse.Namespace) -> None:
     from d3lib.data.folder import write_folds
 
-    sizes = write_folds(options.pictures, options.to, options.folds)
+    sizes = write_folds(options.pictures, options.to, options.folds, options.apart)
     print(f"{options.to}: {len(sizes)} folds of {', '.join(map(str, sizes))} pairs")
 
 

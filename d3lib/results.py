@@ -16,7 +16,7 @@ from typing import Any
 from d3lib.artefacts import read_json
 from d3lib.experiments import BUDGETS, Run, all_runs, make_run, manifest
 from d3lib.intervals import converged, prediction_interval
-from d3lib.records import BOOK, State, committed_records, is_current, published, read_record
+from d3lib.records import BOOK, State, committed_records, is_current, read_record
 from d3lib.scoring import baselines_path
 
 REFERENCE = Path(__file__).resolve().parent / "reference" / "paper_results.csv"
@@ -69,7 +69,7 @@ def read_plan(budget: str, out: Path) -> dict[str, Any]:
 def choice_of(budget: str, out: Path) -> dict[str, str | None]:
     """The data source, and the folder of real pictures if any, of the batch in `out`; arguments of `manifest`.
 
-    Where this copy has no such folder, it is the one whose records came with the book.
+    Where this copy was given no such folder, it is the one whose records came with the book.
     """
     plan = read_plan(budget, out)
     known = [record["run"]["data"] for record in committed_records() if record["run"]["budget"] == budget]
@@ -84,9 +84,8 @@ def load_records(budget: str, out: Path, only: str | None = None) -> dict[str, d
     Raises `UserError` for a damaged one.
     """
     found = {key: out / budget / key / "record.json" for key in runs_of(budget, out, only)}
-    names = {key: published(run).key for key, run in runs_of(budget, out, only).items()}
     book = {record["key"]: record for record in committed_records()}
-    return {key: read_record(path) if path.is_file() else book.get(names[key]) for key, path in found.items()}
+    return {key: read_record(path) if path.is_file() else book.get(key) for key, path in found.items()}
 
 
 def what_stands_behind(budget: str, out: Path, only: str) -> str:
@@ -122,10 +121,9 @@ def load_baselines(budget: str, out: Path, item: str = "fig2") -> dict[str, dict
     """The baselines' scores by training set, or by `fold-K`, for the sets that were scored here or for the book."""
     runs = [run for run in runs_of(budget, out, item).values() if run.seed == 0]
     paths = {
-        Path(run.data).name if run.data.startswith("folder:") else run.train_set: (
-            baselines_path(run, out / budget),
-            baselines_path(published(run), BOOK / budget),
-        )
+        Path(run.data).name if run.data.startswith("folder:") else run.train_set: [
+            baselines_path(run, place) for place in (out / budget, BOOK / budget)
+        ]
         for run in runs
     }
     return {
@@ -207,7 +205,7 @@ def stands_for(run: Mapping[str, Any], number: PaperNumber) -> bool:
     item = "fig5" if number.item == "fig5" else "fig2"
     encoder = number.encoder if item == "fig5" else BUDGETS[run["budget"]].encoder
     wanted = (loss, number.train_set, encoder)
-    if (run["loss"], run["train_set"], run["encoder"]) != wanted:
+    if (run["loss"], run["train_set"], run["encoder"]) != wanted or run["data"] not in ("rooms", "nyu"):
         return False
     fields = {**dataclasses.asdict(Run()), **run, "seed": 0}  # a record of older code may lack a field
     return fields in _counterparts(run["budget"], run["data"], item, *wanted)

@@ -388,11 +388,11 @@ def test_folds_cut_a_walk_at_its_pauses_and_test_every_picture_once(tmp_path):
     seconds = np.cumsum([0, 9, 9, 9, 60, 9, 9, 9, 9, 90, 9, 9])  # pauses after the 4th and the 9th, not at 4 and 8
     stamps = [(start + timedelta(seconds=int(t))).strftime("%Y-%m-%dT%H:%M:%S.000000") for t in seconds]
     source = folder(tmp_path / "walk", [f"{t}.jpg" for t in stamps], [f"{t}.png" for t in stamps])
-    assert write_folds(source, tmp_path / "new" / "folds", 3) == [4, 5, 3]
+    assert write_folds(source, tmp_path / "new" / "folds", 3, apart=1) == [4, 5, 3]
     tested = []
-    for fold in (1, 2, 3):
+    for fold, beside in ((1, stamps[4:5]), (2, [stamps[3], stamps[9]]), (3, stamps[8:9])):
         train, test = (FolderRGBD(tmp_path / "new" / "folds" / f"fold-{fold}", split) for split in ("train", "test"))
-        assert sorted(train.names + test.names) == stamps and not train.strays and not test.strays
+        assert sorted(train.names + test.names + beside) == stamps  # those beside the test set are in neither
         tested += test.names
     assert tested == stamps
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["folds"]  # nothing half-done is left
@@ -402,12 +402,26 @@ def test_folds_cut_a_walk_at_its_pauses_and_test_every_picture_once(tmp_path):
 def test_folds_of_pictures_without_times_are_equal_parts(tmp_path):
     names = [str(number) for number in range(12)]
     source = folder(tmp_path / "mine", [f"{name}.png" for name in names], [f"{name}.png" for name in names])
-    assert write_folds(source, tmp_path / "folds", 4) == [3, 3, 3, 3]
+    assert write_folds(source, tmp_path / "folds", 4, apart=0) == [3, 3, 3, 3]
+    assert FolderRGBD(tmp_path / "folds/fold-2", "train").names == [*names[:3], *names[6:]]
     assert FolderRGBD(tmp_path / "folds/fold-2", "test").names == ["3", "4", "5"]
     refused(lambda: write_folds(source, tmp_path / "folds", 4), str(tmp_path / "folds"), "exists")
     for folds in (-1, 1, 7):
         refused(lambda folds=folds: write_folds(source, tmp_path / "other", folds), "12 pairs make 2 to 6 folds")
-    assert not (tmp_path / "other").exists()
+    for apart in (-1, 9):
+        refused(lambda apart=apart: write_folds(source, tmp_path / "other", 4, apart), f"{apart} pairs apart leave")
+    refused(lambda: write_folds(source, source / "rgb" / "train" / "new", 4), "among the pictures")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folds", "mine"]
+
+
+def test_pictures_that_would_pair_otherwise_in_a_fold_are_refused(tmp_path):
+    names = [f"img{k}" for k in range(6)] + [
+        f"2026-05-04T09:00:{k:02}" for k in range(6)
+    ]  # by name, but a half by time
+    source = folder(tmp_path / "mine", [f"{name}.jpg" for name in names], [f"{name}.png" for name in names])
+    assert FolderRGBD(source, "train").paired_by == "name"
+    refused(lambda: write_folds(source, tmp_path / "folds", 3, apart=0), str(source), "by time, or none")
+    assert not (tmp_path / "folds").exists()
 
 
 # --- real pictures ---

@@ -10,15 +10,16 @@ does not take a neighbour's. Elsewhere equal names (without endings) belong toge
 name that two files share, is reported in `strays`: nothing is guessed.
 
 Two pictures of one place are nearly one picture, so a random half says nothing about the other. `write_folds` cuts a
-walk where its maker paused, and gives each part its turn as the test set.
+walk into stretches of time, gives each its turn as the test set, and leaves its neighbours out of training.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import logging
+import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -156,36 +157,46 @@ class FolderRGBD(torch.utils.data.Dataset):
         return {stem: paths[0] for stem, paths in stems.items() if len(paths) == 1}
 
 
-def write_folds(pictures: str | Path, target: str | Path, folds: int) -> list[int]:
-    """Split the pairs of `pictures` (its split "train") into `folds` parts, each the test set of one folder.
+def write_folds(pictures: str | Path, target: str | Path, folds: int, apart: int = 3) -> list[int]:
+    """Split the pairs of `pictures` (its split "train") into `folds` stretches, each the test set of one folder.
 
-    `<target>/fold-1` ... are folders like `pictures` with splits "train" and "test"; their files are links. Parts are
-    runs of neighbours, nearly equal in size. Between two of them lies the longest pause in reach, a quarter of a part
-    to either side of the equal cut; where names are no times, the equal cut itself.
+    `<target>/fold-1` ... are folders like `pictures` with splits "train" and "test"; their files are links. Between two
+    stretches lies the longest pause in reach, a quarter of a stretch to either side of the equal cut; where names are
+    no times, the equal cut itself. A pause is no change of room, so the `apart` pairs before and after a test stretch
+    are left out of its training set.
 
-    Returns the parts' sizes. Raises `UserError` if the target exists, there are fewer than two parts, or too few pairs.
+    Returns the stretches' sizes. Raises `UserError` if the target exists or lies in `pictures`, if `folds` or `apart`
+    leave too few pairs, and if a part of the pictures pairs otherwise than the whole.
     """
-    target, pairs = Path(target), FolderRGBD(pictures, "train")
+    target, pairs = Path(target).absolute(), FolderRGBD(pictures, "train")
     if not 2 <= folds <= len(pairs) // 2:
         raise UserError(f"{pictures}: {len(pairs)} pairs make 2 to {len(pairs) // 2} folds of two or more, not {folds}")
-    if target.exists():
-        raise UserError(f"{target}: exists already; delete it, or name another folder")
-    cuts = [0, *_cuts([time_of(name) for name in pairs.names], folds), len(pairs)]
+    if target.exists() or target.resolve().is_relative_to(Path(pictures).resolve()):
+        raise UserError(f"{target}: exists already, or lies among the pictures; name another folder")
+    times = [time_of(name) if pairs.paired_by == "time" else None for name in pairs.names]
+    cuts = [0, *_cuts(times, folds), len(pairs)]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as place:
-        for fold, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False), 1):
-            for index, pair in enumerate(pairs.pairs):
-                split = "test" if first <= index < last else "train"
-                for kind, path in zip(("rgb", "depth"), pair, strict=True):
-                    link = Path(place) / "folds" / f"fold-{fold}" / kind / split / path.name
-                    link.parent.mkdir(parents=True, exist_ok=True)
-                    link.symlink_to(path.resolve())
-        shutil.move(Path(place) / "folds", target)
-    return [last - first for first, last in zip(cuts, cuts[1:], strict=False)]
+        for fold, (first, last) in enumerate(itertools.pairwise(cuts), 1):
+            far = [index for index in range(len(pairs)) if index < first - apart or index >= last + apart]
+            if apart < 0 or len(far) < 2:
+                raise UserError(f"{pictures}: {apart} pairs apart leave {len(far)} to learn from; choose 0 or few")
+            folder = Path(place) / "folds" / f"fold-{fold}"
+            for split, chosen in (("train", far), ("test", range(first, last))):
+                for index in chosen:
+                    for kind, path in zip(("rgb", "depth"), pairs.pairs[index], strict=True):
+                        link = folder / kind / split / path.name
+                        link.parent.mkdir(parents=True, exist_ok=True)
+                        link.symlink_to(path.resolve())
+                part = FolderRGBD(folder, split)
+                if part.strays or part.names != [pairs.names[index] for index in chosen]:
+                    raise UserError(f"{pictures}: {part.report} in a fold; name all pictures by time, or none")
+        os.rename(Path(place) / "folds", target)
+    return [last - first for first, last in itertools.pairwise(cuts)]
 
 
 def _cuts(times: list[float | None], folds: int) -> list[int]:
-    """Where each part but the first begins."""
+    """Where each stretch but the first begins."""
     count = len(times)
     reach = count // (4 * folds)
     cuts = []
