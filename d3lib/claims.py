@@ -490,7 +490,9 @@ def paper_verdicts(claims: Sequence[Claim] = CLAIMS) -> dict[str, Verdict]:
 def source(record: Record) -> str:
     """The data source that a record belongs to: comparisons never cross data, picture sizes or budgets."""
     run = record["run"]
-    data = {"rooms": "synthetic rooms", "nyu": "NYU Depth V2"}.get(run["data"], "folder " + Path(run["data"]).name)
+    folder = Path(run["data"].removeprefix("folder:"))
+    name = folder.parent.name if folder.name.startswith("fold-") else folder.name  # the folds of some pictures are one
+    data = {"rooms": "synthetic rooms", "nyu": "NYU Depth V2"}.get(run["data"], f"folder {name}")
     return f"{data} at {run['height']}x{run['width']}, budget {run['budget']}"
 
 
