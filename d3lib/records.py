@@ -47,8 +47,10 @@ def keep_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:
     """
     kept = {record["key"]: record for record in committed_records(path.parent) if path.stem == record["run"]["budget"]}
     for record in records:
-        run = published(Run(**record["run"]))
-        kept[run.key] = _rounded({**record, "run": dataclasses.asdict(run), "key": run.key})
+        if record["run"].get("data", "").startswith("folder:"):
+            run = published(Run(**record["run"]))
+            record = {**record, "run": dataclasses.asdict(run), "key": run.key}
+        kept[record["key"]] = _rounded(record)
     with atomic_write(path) as file:
         for key in sorted(kept):
             file.write(canonical_json(wrap(kept[key], format=RECORD, version=RECORD_VERSION)) + "\n")

@@ -72,7 +72,7 @@ def choice_of(budget: str, out: Path) -> dict[str, str | None]:
     Where this copy was given no such folder, it is the one whose records came with the book.
     """
     plan = read_plan(budget, out)
-    known = [record["run"]["data"] for record in committed_records() if record["run"]["budget"] == budget]
+    known = [record["run"].get("data", "") for record in committed_records() if record["run"]["budget"] == budget]
     folders = [str(Path(data.removeprefix("folder:")).parent) for data in known if data.startswith("folder:")]
     pictures = plan.get("pictures") or next(iter(folders), None)
     return {"data": source_of(budget, Path(plan.get("data_root", out / "data"))), "pictures": pictures}
