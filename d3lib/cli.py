@@ -340,8 +340,7 @@ def _reproduce(options: argparse.Namespace) -> int:
         if options.minutes <= 0 or (options.jobs is not None and options.jobs < 1):
             raise UserError("--minutes and --jobs must be positive")
         limits = {"minutes": options.minutes, "jobs": options.jobs, "device": options.device}
-        limits["go_on"] = options.go_on
-        return work_through(options.budget, **places, **limits)
+        return work_through(options.budget, **places, **limits, go_on=options.go_on)
     if options.jobs or options.minutes != math.inf or options.device != "auto" or options.go_on:
         names = "--jobs, --minutes, --device and --go-on"
         raise UserError(f"{names} go with --no-engine; the engine takes --cores or --profile")

@@ -238,17 +238,13 @@ def contrasts(budget: str, out: Path, item: str, metric: str = "rms") -> list[Co
     records = load_records(budget, out)
     own = runs_of(budget, out, item)
     pool = [run for name in ("reference", "fig2", "fig5") for run in runs_of(budget, out, name).values()]
-    started = {run.init for run in own.values()} - {""}
-    pool = [run for run in own.values() if not run.init] if started else pool  # from scratch on the same pictures
     groups: dict[tuple[str, str, str], list[tuple[Run, Run]]] = {}
     for run in own.values():
-        same = (run.loss, run.train_set, run.seed, run.data)
-        rivals = [rival for rival in pool if (rival.loss, rival.train_set, rival.seed, rival.data) == same]
+        rivals = [r for r in pool if (r.loss, r.train_set, r.seed) == (run.loss, run.train_set, run.seed)]
         if not rivals or run in rivals:
             continue
         closest = min(rivals, key=lambda rival: len(_changes(run, rival)))
         what = ", ".join(f"{name} {getattr(run, name)}" for name in _changes(run, closest))
-        what = "from the batch's weights" if run.init else what
         groups.setdefault((what, run.loss, run.train_set), []).append((run, closest))
     found = []
     for (what, loss, size), pairs in groups.items():

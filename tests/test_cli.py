@@ -134,6 +134,7 @@ def test_unfit_pictures_give_one_line_and_exit_code_2(capsys, tmp_path, spoil):
         (("keep", "--budget", "drill"), "no run of budget drill is done"),
         (("reproduce", "--budget", "huge"), "budget 'huge'"),
         (("reproduce", "--only", "fig9"), "fig9"),
+        (("reproduce", "--pictures", "missing"), "missing: has no fold-1"),
         (("status", "--budget", "huge"), "budget 'huge'"),
         (("data", "rooms", "--split", "attic"), "attic"),
         (("data", "rooms", "--size", "large"), "large"),

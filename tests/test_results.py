@@ -134,15 +134,18 @@ def test_a_contrast_pairs_each_run_with_the_run_of_its_seed_that_differs_in_one_
 
 
 def test_kept_records_of_real_pictures_name_no_place_and_serve_who_has_no_pictures_of_their_own(tmp_path, monkeypatch):
-    runs = manifest("laptop", pictures="/home/me/office")["transfer"].runs[:2]
+    runs = manifest("laptop", pictures=str(tmp_path / "office"))["transfer"].runs[:2]
     made = [
         record(rms, **dataclasses.asdict(run)) | {"key": run.key} for rms, run in zip((0.5, 0.4), runs, strict=True)
     ]
     book = tmp_path / "book"
     assert keep_records(made, book / "laptop.jsonl") == keep_records(made, book / "laptop.jsonl") == 2
-    assert "/home/me" not in (book / "laptop.jsonl").read_text(encoding="utf-8")
+    assert str(tmp_path) not in (book / "laptop.jsonl").read_text(encoding="utf-8")
     monkeypatch.setattr(results, "committed_records", functools.partial(committed_records, book))
-    for plan, found in (({}, [0.5, 0.4]), ({"pictures": "/srv/office"}, [])):  # another office of the same name
+    for plan, found in (
+        ({}, [0.5, 0.4]),
+        ({"pictures": str(tmp_path / "other" / "office")}, []),
+    ):  # another office of the same name
         (tmp_path / "laptop").mkdir(exist_ok=True)
         (tmp_path / "laptop" / "plan.json").write_text(json.dumps(plan))
         kept = [r for r in results.load_records("laptop", tmp_path, "transfer").values() if r is not None]
