@@ -7,7 +7,7 @@ STAMP := $(VENV)/.d3-installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup reproduce test drill batch book colab notebooks links lint clean distclean
+.PHONY: help setup reproduce test drill batch book colab notebooks links audit lint clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
@@ -42,14 +42,18 @@ colab: setup ## write the Colab notebooks in book/colab from the book's pages
 test: setup lint ## check style and run every test (about as many at once as there are cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-drill: setup ## kill, fill, flip and forge: what a run survives, as a table (LONG=1: hundreds of trials, most of an hour)
-	OMP_NUM_THREADS=1 D3LIB_LONG=$(LONG) $(BIN)/python -m pytest -n $(JOBS) -m "drill or not drill" tests/drills
+drill: setup ## kill, fill, flip and forge: what a run survives, as a table (LONG=1: thousands of trials, some minutes; RECORD=file.json)
+	OMP_NUM_THREADS=1 D3LIB_LONG=$(LONG) D3LIB_DRILLS=$(RECORD) $(BIN)/python -m pytest -n $(JOBS) -m "drill or not drill" tests/drills
 
 notebooks: setup ## run every Colab notebook in an environment like Colab's, which it builds (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m colab tests/test_colab.py
 
 links: setup ## ask every address that the book cites whether it still answers (needs the internet)
 	@$(BIN)/jupyter-book build book --config _config.yml --path-output _build/links --builder linkcheck -q
+
+audit: ## ask the advisory databases about every pinned package (needs the internet)
+	@$(PYTHON) -m venv _build/audit && _build/audit/bin/python -m pip install --quiet pip-audit
+	@_build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 lint: setup ## check style with ruff
 	@$(BIN)/ruff check .

@@ -183,3 +183,15 @@ def test_a_workflow_is_valid_asks_for_few_rights_and_calls_make(path):
     assert called and called <= targets().keys()
     assert all("timeout-minutes" in job for job in workflow["jobs"].values())
     assert "secrets." not in path.read_text(encoding="utf-8")
+
+
+def test_the_page_of_promises_names_every_drill_and_no_other():
+    page = (ROOT / "book" / "practice" / "faults.md").read_text(encoding="utf-8")
+    named = re.findall(r'"([a-z0-9]+(?:_[a-z0-9]+){2,})"', page)
+    tests = [
+        node for path in (ROOT / "tests" / "drills").glob("test_*.py") for node in ast.parse(path.read_text()).body
+    ]
+    drills = [
+        t.name.removeprefix("test_") for t in tests if isinstance(t, ast.FunctionDef) and "drill" in ast.dump(t.args)
+    ]
+    assert sorted(named) == sorted(drills)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -59,13 +60,25 @@ def pytest_terminal_summary(terminalreporter):
     tallies = {r.nodeid: tally for r in reports for name, tally in r.user_properties if name == "drill"}
     if not tallies:
         return
+    drills = [
+        {"name": name.rpartition("::test_")[2], "file": Path(name.partition("::")[0]).name, **count_words(tally)}
+        for name, tally in sorted(tallies.items())
+    ]
     terminalreporter.section("drills, long" if LONG else "drills, short")
     terminalreporter.write_line(f"{'tried':>7}{'survived':>10}{'lost':>6}  drill")
-    for name, tally in tallies.items():
-        words = name.rpartition("::test_")[2].replace("_", " ")
-        also = ", ".join(
-            f"{count} {word}" for word, count in tally.items() if word not in ("tried", "survived", "lost")
-        )
-        terminalreporter.write_line(
-            f"{tally['tried']:>7}{tally['survived']:>10}{tally['lost']:>6}  {words}{f' ({also})' if also else ''}"
-        )
+    for row in drills:
+        also = f" ({row['also']})" if row["also"] else ""
+        words = row["name"].replace("_", " ")
+        terminalreporter.write_line(f"{row['tried']:>7}{row['survived']:>10}{row['lost']:>6}  {words}{also}")
+    if record := os.environ.get("D3LIB_DRILLS"):  # make drill RECORD=...
+        from d3lib.artefacts import write_json
+        from d3lib.provenance import TRAINING_CODE, collect
+
+        content = {"long": LONG, "drills": drills, "provenance": collect(*TRAINING_CODE)}
+        write_json(Path(record), content, format="d3lib-drills")
+
+
+def count_words(tally):
+    """A tally with whatever it holds beside the three counts as words."""
+    counts = {name: tally[name] for name in ("tried", "survived", "lost")}
+    return counts | {"also": ", ".join(f"{n} {word}" for word, n in tally.items() if word not in counts)}
