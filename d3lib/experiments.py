@@ -25,32 +25,147 @@ TARGETS = ("sensor", "filled", "exact")
 WITH_LAMBDA = ("eigen", "eigengrad", "gan")
 
 
-def _doc(default: Any, meaning: str) -> Any:
-    """A dataclass field whose one-line meaning the command line shows as its help."""
-    return dataclasses.field(default=default, metadata={"help": meaning})
+@dataclass(frozen=True)
+class Budget:
+    """One row of the budget table: the same code with other numbers. The defaults are those of a study on one GPU."""
+
+    purpose: str  # one line for people
+    views: Mapping[str, int]  # rooms: frames per scene of each nested training set
+    data: str = "rooms"  # the data source the budget is meant for
+    encoder: str = "densenet121"  # the main network's
+    height: int = 256  # pixels
+    width: int = 320  # pixels
+    pretrained: bool = False  # start the encoder from ImageNet weights
+    ndf: int = 64  # channels of the discriminator's first layer; the paper's is 64
+    steps: int = 12000  # optimiser steps of one run of the main grid
+    encoders: Mapping[str, int] = dataclasses.field(default_factory=dict)  # what is less where encoders are compared
+    beyond: Mapping[str, int] = dataclasses.field(default_factory=dict)  # what is less in the runs beyond the paper
+    train_scenes: int = 249  # rooms: how many of the 249 training scenes
+    val_scenes: int = 25  # rooms: how many of the 25 validation scenes
+    test_scenes: int = 215  # rooms: how many of the 215 test scenes, and of the 215 unseen ones
+    test_views: int = 1  # rooms: frames per validation, test and unseen scene
+    evaluations: int = 20  # points on a learning curve
+    seeds: int = 5  # paired seeds of the main grid
+    more_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)  # losses of the main grid that get more
+    beyond_seeds: int = 3  # of the runs beyond the paper
+    learning_rate: float = 2e-4  # the paper's
+
+    def frames(self, train_set: str) -> int:
+        """How many frames the named nested training set of rooms has."""
+        return self.train_scenes * self.views[train_set]
+
+
+_TINY = {"encoder": "tiny", "height": 96, "width": 128}
+_ONE_SEED = {"seeds": 1, "beyond_seeds": 1}
+BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
+    {
+        "drill": Budget(
+            "CPU, a second a run: tests the machinery; the numbers mean nothing",
+            views={"795": 1, "12k": 2, "230k": 3},
+            encoder="tiny",
+            height=32,
+            width=48,
+            ndf=8,
+            steps=2,
+            encoders={"steps": 1},
+            beyond={"steps": 1, "evaluations": 2},
+            train_scenes=4,
+            val_scenes=2,
+            test_scenes=3,
+            evaluations=1,
+            **_ONE_SEED,
+        ),
+        "smoke": Budget(
+            "CPU, seconds a run: shows that everything works; ranks nothing",
+            views={"795": 1, "12k": 4, "230k": 16},
+            **_TINY,
+            ndf=8,
+            steps=96,
+            encoders={"steps": 2, "height": 48, "width": 64, "evaluations": 1},
+            beyond={"steps": 8, "evaluations": 2},
+            train_scenes=83,
+            val_scenes=8,
+            test_scenes=24,
+            evaluations=4,
+            **_ONE_SEED,
+            more_seeds={"l1": 3, "gan": 3},
+        ),
+        "gate": Budget(
+            "CPU, minutes a run: whether the rooms are fit for a study",
+            views={"795": 1, "12k": 15, "230k": 15},
+            **_TINY,
+            ndf=16,
+            steps=6000,
+            evaluations=12,
+            **_ONE_SEED,
+        ),
+        "laptop": Budget(
+            "CPU, minutes a run, some hours in all: a study of the thin network that anyone can repeat",
+            views={"795": 1, "12k": 15, "230k": 60},
+            **_TINY,
+            ndf=16,
+            steps=2000,
+            encoders={"steps": 400, "height": 48, "width": 64},
+            evaluations=10,
+            learning_rate=1e-3,
+        ),
+        "study": Budget(
+            "one GPU, synthetic rooms: minutes a run that add up to the grid",
+            views={"795": 1, "12k": 15, "230k": 290},
+            test_views=2,
+        ),
+        "colab": Budget(
+            "a free Colab GPU: under an hour a run",
+            views={"795": 1, "12k": 15, "230k": 60},
+            steps=4000,
+            evaluations=10,
+            **_ONE_SEED,
+        ),
+        "paper": Budget(
+            "NYU Depth V2 at 256x320, a cluster: the full reproduction",
+            views={"795": 3, "12k": 48, "230k": 924},
+            data="nyu",
+            pretrained=True,
+            steps=350000,
+            test_views=3,
+            evaluations=50,
+        ),
+    }
+)
+
+
+def _doc(default: Any, meaning: str, choices: Iterable[str] = ()) -> Any:
+    """A dataclass field: its one-line meaning, which the command line shows as its help, and its values if few."""
+    return dataclasses.field(default=default, metadata={"help": meaning, "choices": tuple(choices)})
 
 
 @dataclass(frozen=True)
 class Run:
     """One training run: every hyperparameter. Two runs with equal fields give equal results on equal machines."""
 
-    loss: str = _doc("l1", "which of the seven losses trains the network")
-    variant: str = _doc("paper", "the loss as the paper prints it, or as the authors' code computes it")
+    loss: str = _doc("l1", "which of the seven losses trains the network", LOSSES)
+    variant: str = _doc("paper", "the loss as the paper prints it, or as the authors' code computes it", VARIANTS)
     pooled: bool = _doc(False, "eigen, eigengrad: form the sums over the batch instead of over each image")
     lam: float | None = _doc(None, "the loss's λ: eigen 0.5, eigengrad 1, gan 20 per metre of L1; None: that")
     adversarial_from: float = _doc(0.0, "gan: share of the steps that train with L1 alone, before D enters")
-    encoder: str = _doc("densenet121", "the front-end: densenet121, resnet50, resnet50_narrow, or tiny (small budgets)")
+    encoder: str = _doc(
+        "densenet121", "the front-end: densenet121, resnet50, resnet50_narrow, or tiny (small budgets)", ENCODERS
+    )
     pretrained: bool = _doc(False, "start the encoder from ImageNet weights")
     skips: bool = _doc(True, "the decoder sees the encoder's features")
-    pooling: str = _doc("conv", "after the stem: conv, the paper's 4x4 convolution, or max, the encoder's own pooling")
-    output: str = _doc("linear", "what the last layer stands for: depth (linear) or its logarithm (log)")
+    pooling: str = _doc(
+        "conv", "after the stem: conv, the paper's 4x4 convolution, or max, the encoder's own pooling", POOLINGS
+    )
+    output: str = _doc("linear", "what the last layer stands for: depth (linear) or its logarithm (log)", OUTPUTS)
     init: str = _doc("", "start from these weights: a file (safetensors), or run:KEY of the same batch; empty for none")
-    train_set: str = _doc("12k", "795, 12k or 230k; on rooms: the nested set that stands for it")
+    train_set: str = _doc("12k", "795, 12k or 230k; on rooms: the nested set that stands for it", TRAIN_SETS)
     scenes: int = _doc(0, "rooms: the same number of frames from so many scenes; 0: from all of the budget's")
-    target: str = _doc("sensor", "train on the sensor's depth where valid, on it filled, or (rooms) on exact depth")
+    target: str = _doc(
+        "sensor", "train on the sensor's depth where valid, on it filled, or (rooms) on exact depth", TARGETS
+    )
     data: str = _doc("rooms", "rooms, nyu, or folder:PATH")
     hold_out: int = _doc(0, "folder data: hold the last so many pairs (by time) out as the test set")
-    budget: str = _doc("smoke", "the row of the budget table that the other numbers come from")
+    budget: str = _doc("smoke", "the row of the budget table that the other numbers come from", BUDGETS)
     seed: int = _doc(0, "initial weights, data order, flips")
     height: int = _doc(256, "training and evaluation height, pixels")
     width: int = _doc(320, "training and evaluation width, pixels")
@@ -62,7 +177,7 @@ class Run:
     beta2: float = _doc(0.999, "Adam's second-moment decay")
     clip_norm: float = _doc(0.0, "scale gradients down to this norm where they are larger; 0, as in the paper: never")
     ndf: int = _doc(64, "gan: channels of the discriminator's first layer (smoke: a thin one)")
-    precision: str = _doc("auto", "float32, bf16, fp16, or auto: the best the device has natively")
+    precision: str = _doc("auto", "float32, bf16, fp16, or auto: the best the device has natively", PRECISIONS)
     gpus: int = _doc(1, "processes that share each step's batch, one a GPU")
     evaluations: int = _doc(20, "points on the learning curve")
 
@@ -70,20 +185,10 @@ class Run:
         """Raise `UserError` for a value of the wrong type or outside its choices."""
         for name, kind in typing.get_type_hints(Run).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
-        choices = {
-            "loss": LOSSES,
-            "variant": VARIANTS,
-            "encoder": ENCODERS,
-            "train_set": TRAIN_SETS,
-            "budget": tuple(BUDGETS),
-            "precision": PRECISIONS,
-            "pooling": POOLINGS,
-            "output": OUTPUTS,
-            "target": TARGETS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise UserError(f"{field.name} {value!r} is unknown; choose one of {', '.join(choices)}")
         if self.data not in ("rooms", "nyu") and not self.data.startswith("folder:"):
             raise UserError(f"data {self.data!r} is unknown; choose rooms, nyu or folder:PATH")
         for name in ("height", "width"):
@@ -123,13 +228,9 @@ class Run:
     @property
     def key(self) -> str:
         """The run's folder name: what a person looks for, then a digest of every field that tells runs apart."""
-        parts = [self.loss if self.variant == "paper" else f"{self.loss}-{self.variant}"]
-        parts += [
-            self.train_set if self.data in ("rooms", "nyu") else "folder",
-            self.encoder,
-            f"s{self.seed}",
-        ]
-        return "-".join([*parts, digest_json(dataclasses.asdict(self))[:8]])
+        loss = self.loss if self.variant == "paper" else f"{self.loss}-{self.variant}"
+        train_set = self.train_set if self.data in ("rooms", "nyu") else "folder"
+        return f"{loss}-{train_set}-{self.encoder}-s{self.seed}-{digest_json(dataclasses.asdict(self))[:8]}"
 
     @property
     def images(self) -> int:
@@ -156,192 +257,6 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class Budget:
-    """One row of the budget table: the same code with other numbers."""
-
-    data: str  # the data source the budget is meant for
-    encoder: str  # the main network's encoder
-    height: int  # pixels
-    width: int  # pixels
-    pretrained: bool  # start the encoder from ImageNet weights
-    ndf: int  # channels of the discriminator's first layer; the paper's is 64
-    steps: int  # optimiser steps of one run of the main grid
-    encoder_steps: int  # of the runs that compare encoders
-    encoder_size: tuple[int, int]  # their height and width, pixels
-    beyond_steps: int  # of the runs that go beyond the paper
-    train_scenes: int  # rooms: how many of the 249 training scenes
-    views: Mapping[str, int]  # rooms: frames per scene of each nested training set
-    val_scenes: int  # rooms: how many of the 25 validation scenes
-    test_scenes: int  # rooms: how many of the 215 test scenes, and of the 215 unseen ones
-    test_views: int  # rooms: frames per validation, test and unseen scene
-    evaluations: int  # points on a learning curve
-    seeds: int  # paired seeds of the main grid
-    beyond_seeds: int  # of the runs that go beyond the paper
-    purpose: str  # one line for people
-    more_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)  # losses of the main grid that get more
-    learning_rate: float = 2e-4  # the paper's
-
-    def frames(self, train_set: str) -> int:
-        """How many frames the named nested training set of rooms has."""
-        return self.train_scenes * self.views[train_set]
-
-
-BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
-    {
-        "drill": Budget(
-            data="rooms",
-            encoder="tiny",
-            height=32,
-            width=48,
-            pretrained=False,
-            ndf=8,
-            steps=2,
-            encoder_steps=1,
-            encoder_size=(32, 48),
-            beyond_steps=1,
-            train_scenes=4,
-            views={"795": 1, "12k": 2, "230k": 3},
-            val_scenes=2,
-            test_scenes=3,
-            test_views=1,
-            evaluations=1,
-            seeds=1,
-            beyond_seeds=1,
-            purpose="CPU, a second a run: tests the machinery; the numbers mean nothing",
-        ),
-        "smoke": Budget(
-            data="rooms",
-            encoder="tiny",
-            height=96,
-            width=128,
-            pretrained=False,
-            ndf=8,
-            steps=96,
-            encoder_steps=2,
-            encoder_size=(48, 64),
-            beyond_steps=8,
-            train_scenes=83,
-            views={"795": 1, "12k": 4, "230k": 16},
-            val_scenes=8,
-            test_scenes=24,
-            test_views=1,
-            evaluations=4,
-            seeds=1,
-            beyond_seeds=1,
-            purpose="CPU, seconds a run: shows that everything works; ranks nothing",
-            more_seeds={"l1": 3, "gan": 3},
-        ),
-        "gate": Budget(
-            data="rooms",
-            encoder="tiny",
-            height=96,
-            width=128,
-            pretrained=False,
-            ndf=16,
-            steps=6000,
-            encoder_steps=6000,
-            encoder_size=(96, 128),
-            beyond_steps=6000,
-            train_scenes=249,
-            views={"795": 1, "12k": 15, "230k": 15},
-            val_scenes=25,
-            test_scenes=215,
-            test_views=1,
-            evaluations=12,
-            seeds=1,
-            beyond_seeds=1,
-            purpose="CPU, minutes a run: whether the rooms are fit for a study",
-        ),
-        "laptop": Budget(
-            data="rooms",
-            encoder="tiny",
-            height=96,
-            width=128,
-            pretrained=False,
-            ndf=16,
-            steps=2000,
-            encoder_steps=400,
-            encoder_size=(48, 64),
-            beyond_steps=2000,
-            train_scenes=249,
-            views={"795": 1, "12k": 15, "230k": 60},
-            val_scenes=25,
-            test_scenes=215,
-            test_views=1,
-            evaluations=10,
-            seeds=5,
-            beyond_seeds=3,
-            purpose="CPU, minutes a run, some hours in all: a study of the thin network that anyone can repeat",
-            learning_rate=1e-3,
-        ),
-        "study": Budget(
-            data="rooms",
-            encoder="densenet121",
-            height=256,
-            width=320,
-            pretrained=False,
-            ndf=64,
-            steps=12000,
-            encoder_steps=12000,
-            encoder_size=(256, 320),
-            beyond_steps=12000,
-            train_scenes=249,
-            views={"795": 1, "12k": 15, "230k": 290},
-            val_scenes=25,
-            test_scenes=215,
-            test_views=2,
-            evaluations=20,
-            seeds=5,
-            beyond_seeds=3,
-            purpose="one GPU, synthetic rooms: minutes a run that add up to the grid",
-        ),
-        "colab": Budget(
-            data="rooms",
-            encoder="densenet121",
-            height=256,
-            width=320,
-            pretrained=False,
-            ndf=64,
-            steps=4000,
-            encoder_steps=4000,
-            encoder_size=(256, 320),
-            beyond_steps=4000,
-            train_scenes=249,
-            views={"795": 1, "12k": 15, "230k": 60},
-            val_scenes=25,
-            test_scenes=215,
-            test_views=1,
-            evaluations=10,
-            seeds=1,
-            beyond_seeds=1,
-            purpose="a free Colab GPU: under an hour a run",
-        ),
-        "paper": Budget(
-            data="nyu",
-            encoder="densenet121",
-            height=256,
-            width=320,
-            pretrained=True,
-            ndf=64,
-            steps=350000,
-            encoder_steps=350000,
-            encoder_size=(256, 320),
-            beyond_steps=350000,
-            train_scenes=249,
-            views={"795": 3, "12k": 48, "230k": 924},
-            val_scenes=25,
-            test_scenes=215,
-            test_views=3,
-            evaluations=50,
-            seeds=5,
-            beyond_seeds=3,
-            purpose="NYU Depth V2 at 256x320, a cluster: the full reproduction",
-        ),
-    }
-)
-
-
 def make_run(budget: str, **fields: Any) -> Run:
     """A `Run` with the budget's numbers, overridden by `fields` (a field that is `None` keeps the budget's number).
 
@@ -354,8 +269,7 @@ def make_run(budget: str, **fields: Any) -> Run:
     for name in fields:
         if name not in names:
             raise UserError(f"a run has no parameter {name!r}; it has {', '.join(names)}")
-    fields_of_row = ("encoder", "height", "width", "pretrained", "ndf", "steps", "evaluations", "data", "learning_rate")
-    numbers = {name: getattr(row, name) for name in fields_of_row}
+    numbers = {name: getattr(row, name) for name in names if hasattr(row, name)}
     given = {name: value for name, value in fields.items() if value is not None}
     numbers["target"] = "filled" if given.get("data", row.data) == "nyu" else "sensor"  # NYU: as in the paper
     return Run(**{**numbers, **given, "budget": budget})
@@ -363,15 +277,8 @@ def make_run(budget: str, **fields: Any) -> Run:
 
 FIGURE_PAGES: Mapping[str, str] = types.MappingProxyType(
     {
-        "fig2": "experiments/fig2.md",
-        "fig3": "experiments/fig3.md",
-        "fig4": "experiments/fig4.md",
-        "fig5": "experiments/fig5.md",
-        "table2": "experiments/table2.md",
-        "beyond": "experiments/beyond.md",
-        "real": "experiments/real.md",
-        "claims": "experiments/claims.md",
-        "results": "experiments/results.md",
+        name: f"experiments/{name}.md"
+        for name in ("fig2", "fig3", "fig4", "fig5", "table2", "beyond", "real", "claims", "results")
     }
 )
 """The notebooks that draw figures and tables from records, below `book/`; each takes the parameter `budget`."""
@@ -387,7 +294,7 @@ class Item:
     name: str  # fig2, table2, rate, ...
     question: str  # what it asks, in one line
     runs: tuple[Run, ...]
-    page: str  # the name of the page in `FIGURE_PAGES` that shows it
+    page: str = "beyond"  # the name of the page in `FIGURE_PAGES` that shows it
 
     @property
     def beyond(self) -> bool:
@@ -405,88 +312,81 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
     The order is that of what they teach per hour of computing: the main grid, then Figure 5, then what the paper lacks.
     """
     row = BUDGETS[make_run(budget).budget]
-    points = row.evaluations if row.beyond_steps == row.steps else 2
 
     def runs(losses: Iterable[str], sizes: Iterable[str] = ("12k",), **fields: Any) -> tuple[Run, ...]:
-        seeds = {loss: row.beyond_seeds for loss in losses}
-        steps = {"steps": row.beyond_steps, "evaluations": points} | fields
         return tuple(
-            make_run(budget, loss=loss, train_set=size, seed=seed, data=data, **steps)
-            for seed in range(max(seeds.values()))
+            make_run(budget, loss=loss, train_set=size, seed=seed, data=data, **{**row.beyond, **fields})
+            for seed in range(row.beyond_seeds)
             for size in sizes
             for loss in losses
         )
 
-    most = max(row.seeds, *row.more_seeds.values(), 0)
     grid = tuple(
         make_run(budget, loss=loss, train_set=size, seed=seed, data=data)
-        for seed in range(most)
+        for seed in range(max(row.seeds, *row.more_seeds.values(), 0))
         for size in TRAIN_SETS
         for loss in LOSSES
         if seed < row.more_seeds.get(loss, row.seeds)
     )
-    largest = [run for run in grid if run.train_set == "230k"]
-    few = {"steps": row.encoder_steps, "evaluations": 1 if row.encoder_steps < 50 else row.evaluations}
-    few |= dict(zip(("height", "width"), row.encoder_size, strict=True))
+    largest = tuple(run for run in grid if run.train_set == "230k")
     encoders = tuple(
-        make_run(budget, loss=loss, train_set="12k", encoder=encoder, seed=seed, data=data, **few)
+        make_run(budget, loss=loss, train_set="12k", encoder=encoder, seed=seed, data=data, **row.encoders)
         for seed in range(row.seeds)
         for encoder in ("densenet121", "resnet50")
         for loss in LOSSES
     )
-    equal_epochs = max(1, round(row.beyond_steps * row.views["795"] / row.views["12k"]))
+    beyond_steps = row.beyond.get("steps", row.steps)
+    equal_epochs = max(1, round(beyond_steps * row.views["795"] / row.views["12k"]))
     real = data or row.data
     parts = [math.ceil(row.train_scenes * share) for share in (0.25, 0.5, 0.75)]
-    most_views = max(row.views.values())
-    fewer = [count for count in parts if real == "rooms" and row.frames("12k") <= count * most_views][:2]
+    fewer = [n for n in parts if real == "rooms" and row.frames("12k") <= n * max(row.views.values())][:2]
     items = [
         Item("fig2", "How do error and accuracy change with the loss and the training-set size?", grid, "fig2"),
         Item("fig3", "How fast does each loss converge on each training set?", grid, "fig3"),
-        Item("fig4", "What do the seven losses make of the same pictures?", tuple(largest), "fig4"),
+        Item("fig4", "What do the seven losses make of the same pictures?", largest, "fig4"),
         Item("fig5", "Does the ranking of losses hold with another encoder?", encoders, "fig5"),
         Item("table2", "Where does the best network stand among published ones?",
              tuple(run for run in largest if run.loss == "gan"), "table2"),
-        Item("reference", "The runs that the following are compared with", runs(LOSSES), "beyond"),
+        Item("reference", "The runs that the following are compared with", runs(LOSSES)),
         Item("released", "Does the authors' code, as released, train another network than the paper's equations?",
-             runs(("eigen", "eigengrad", "huber", "gan"), variant="released"), "beyond"),
+             runs(("eigen", "eigengrad", "huber", "gan"), variant="released")),
         Item("pooled", "Does it matter that eigen is formed per image and not over the batch?",
-             runs(("eigen",), pooled=True), "beyond"),
+             runs(("eigen",), pooled=True)),
         Item("rate", "Does one learning rate for all losses favour one of them?",
-             (*runs(LOSSES, learning_rate=row.learning_rate / 2), *runs(LOSSES, learning_rate=2 * row.learning_rate)),
-             "beyond"),
+             tuple(run for factor in (0.5, 2) for run in runs(LOSSES, learning_rate=factor * row.learning_rate))),
         Item("lam_gan", "How much L1 does the adversarial loss need?",
-             tuple(run for lam in (0.0, 2.0, 200.0) for run in runs(("gan",), lam=lam)), "beyond"),
+             tuple(run for lam in (0.0, 2.0, 200.0) for run in runs(("gan",), lam=lam))),
         Item("lam_eigen", "How much scale invariance is good?",
-             tuple(run for lam in (0.0, 0.25, 1.0) for run in runs(("eigen",), lam=lam)), "beyond"),
-        Item("phases", "Is one phase enough, or should L1 come first?", runs(("gan",), adversarial_from=0.5), "beyond"),
+             tuple(run for lam in (0.0, 0.25, 1.0) for run in runs(("eigen",), lam=lam))),
+        Item("phases", "Is one phase enough, or should L1 come first?", runs(("gan",), adversarial_from=0.5)),
         Item("epochs", "Equal steps or equal epochs: what if the small set is seen no more often than the middle one?",
-             runs(("l1", "eigen", "gan"), ("795",), steps=equal_epochs), "beyond"),
-        Item("skips", "Do the skip connections help?", runs(("l1",), skips=False), "beyond"),
-        Item("pooling", "Does the 4x4 convolution replace max-pooling well?", runs(("l1",), pooling="max"), "beyond"),
-        Item("output", "Should the network say depth or its logarithm?", runs(("l1", "eigen"), output="log"), "beyond"),
+             runs(("l1", "eigen", "gan"), ("795",), steps=equal_epochs)),
+        Item("skips", "Do the skip connections help?", runs(("l1",), skips=False)),
+        Item("pooling", "Does the 4x4 convolution replace max-pooling well?", runs(("l1",), pooling="max")),
+        Item("output", "Should the network say depth or its logarithm?", runs(("l1", "eigen"), output="log")),
         Item("target", "What if training counts against filled, measured or exact depth?",
-             runs(("l1", "l2"), target="sensor") if real == "nyu" else
-             (*runs(("l1", "l2"), target="filled"), *runs(("l1", "l2"), target="exact")), "beyond"),
-        *([Item("scenes", "As many frames from fewer scenes: what makes a training set large?",
-                tuple(run for count in fewer for run in runs(("l1",), scenes=count)), "beyond")] if fewer else []),
+             tuple(run for target in (("sensor",) if real == "nyu" else ("filled", "exact"))
+                   for run in runs(("l1", "l2"), target=target))),
+        Item("scenes", "As many frames from fewer scenes: what makes a training set large?",
+             tuple(run for count in fewer for run in runs(("l1",), scenes=count))),
         Item("decoder", "Is it the encoder or the wider decoder that tells ResNet-50 from DenseNet-121?",
              tuple(dataclasses.replace(run, encoder="resnet50_narrow") for run in encoders
-                   if run.encoder == "resnet50" and run.loss in ("l1", "eigen", "gan")), "beyond"),
-        *([Item("transfer", "Does a network trained on the batch's data learn real pictures better than a new one?",
-                _transfer(grid, pictures, row), "real")] if pictures else []),
-        *([Item("pretraining", "What do ImageNet weights bring?",
-                runs(("l1", "gan"), pretrained=not row.pretrained), "beyond")] if row.encoder != "tiny" else []),
+                   if run.encoder == "resnet50" and run.loss in ("l1", "eigen", "gan"))),
+        Item("transfer", "Does a network trained on the batch's data learn real pictures better than a new one?",
+             _transfer(grid, pictures, beyond_steps) if pictures else (), "real"),
+        Item("pretraining", "What do ImageNet weights bring?",
+             runs(("l1", "gan"), pretrained=not row.pretrained) if row.encoder != "tiny" else ()),
     ]  # fmt: skip
-    return {item.name: item for item in items}
+    return {item.name: item for item in items if item.runs}  # some have no sense on some data
 
 
-def _transfer(grid: Iterable[Run], pictures: str, row: Budget) -> tuple[Run, ...]:
+def _transfer(grid: Iterable[Run], pictures: str, steps: int) -> tuple[Run, ...]:
     """Runs on real pictures, from random weights and from those of the middle set's first run of the same loss.
 
     What repeats here is the fold: other pictures to learn from, others to be tested on.
     """
     before = [run for run in grid if (run.train_set, run.seed) == ("12k", 0) and run.loss in ("l1", "eigen", "gan")]
-    shared = {"target": "sensor", "pretrained": False, "steps": min(row.beyond_steps, TRANSFER_STEPS), "evaluations": 5}
+    shared = {"target": "sensor", "pretrained": False, "steps": min(steps, TRANSFER_STEPS), "evaluations": 5}
     return tuple(
         dataclasses.replace(run, init=init, data=f"folder:{pictures}/fold-{fold}", **shared)
         for fold in range(1, FOLDS + 1)
@@ -515,16 +415,17 @@ def runs_to_do(
 ) -> dict[str, Run]:
     """The runs of `all_runs`, and before them those whose weights some of them start from."""
     runs = all_runs(budget, only, data, pictures)
-    starts = dict.fromkeys(run.init.removeprefix("run:") for run in runs.values() if run.init.startswith("run:"))
-    return {key: all_runs(budget, None, data, pictures)[key] for key in starts} | runs
+    every = all_runs(budget, None, data, pictures)
+    starts = (run.init.removeprefix("run:") for run in runs.values() if run.init.startswith("run:"))
+    return {key: every[key] for key in starts} | runs
 
 
 def pages_of(
     budget: str, only: str | None = None, data: str | None = None, pictures: str | None = None
 ) -> dict[str, list[str]]:
     """The pages that show the budget's runs, or those of `only`, each with the keys of the runs it reads."""
-    items = manifest(budget, data, pictures)
-    pages = {page for item in items.values() if only in (None, item.name, item.page) for page in [item.page]}
+    items = manifest(budget, data, pictures).values()
+    pages = {item.page for item in items if only in (None, item.name, item.page)}
     pages |= {name for name in OVERVIEWS if only in (None, name)}
     return {name: list(all_runs(budget, name, data, pictures)) for name in FIGURE_PAGES if name in pages}
 
@@ -532,7 +433,7 @@ def pages_of(
 def find_run(key: str, pictures: str | None = None) -> Run:
     """The run of any budget's manifest with this key. Raises `UserError` if there is none."""
     for budget, row in BUDGETS.items():
-        for data in dict.fromkeys((None, "rooms" if row.data == "nyu" else None)):
+        for data in {row.data, "rooms"}:  # rooms stand in for NYU where it is absent
             if run := all_runs(budget, data=data, pictures=pictures).get(key):
                 return run
     raise UserError(f"no budget has a run {key!r}; `d3lib status --budget B --all` lists a budget's runs")
