@@ -40,7 +40,6 @@ from d3lib.results import QUICK, paper_numbers, score
 
 Record = Mapping[str, Any]
 
-STATUSES = ("supported", "contradicted", "not separated", "not tested")
 ALPHA = 0.05
 MIN_SEEDS, FULL_SEEDS = 3, 5  # paired seeds: a preview, and a full test
 ENOUGH = 0.02  # "as good as": at most 2 % worse
@@ -202,7 +201,7 @@ class Claim:
 class Verdict:
     """What one source of numbers says about a claim."""
 
-    status: str  # one of STATUSES
+    status: str  # supported, contradicted, not separated or not tested
     evidence: str
     runs: int
     source: str
@@ -213,6 +212,8 @@ class Verdict:
 BEST_SMALL = ("l1", "eigen")
 SMALL_SETS = TRAIN_SETS[:2]
 _REST = tuple(loss for loss in LOSSES if loss not in BEST_SMALL)
+_GAN_SETS = Cell("gan", "795"), (Cell("gan", "230k"),)
+_GAN_L1 = Cell("gan"), (Cell("gan", changed=(("lam", 0.0),)),)
 
 
 def _beats(loss: str, others: Iterable[str], train_set: str, changed: tuple = (), **what: Any) -> list[Comparison]:
@@ -227,13 +228,10 @@ def _against_mean(loss: str, others: Iterable[str], train_set: str, **what: Any)
 
 def _design(loss: str, allowance: float = 0.0, **changed: Any) -> tuple[Comparison, ...]:
     """The paper's choice against one changed setting."""
-    return (Comparison(Cell(loss), (Cell(loss, "12k", tuple(changed.items())),), allowance=allowance),)
+    return (Comparison(Cell(loss), (Cell(loss, changed=tuple(changed.items())),), allowance=allowance),)
 
 
-def _encoder(name: str) -> tuple[tuple[str, str], ...]:
-    return (("encoder", name),)
-
-
+_WITH = {name: (("encoder", name),) for name in ("densenet121", "resnet50")}  # what is changed in Figure 5's cells
 FIGURE5 = {"rel": False, "rms": False, "d1": True}  # Figure 5's metrics; True: higher is better
 TABLE2 = {"rel": False, "log10": False, "rms": False, "rmslog": False, "d1": True, "d2": True, "d3": True}
 
@@ -354,8 +352,8 @@ CLAIMS: tuple[Claim, ...] = (
         "maps better in the last fifth of training, than at 230k.",
         family="gan",
         comparisons=(
-            Comparison(Cell("gan", "795"), (Cell("gan", "230k"),), higher=True, spread=True),
-            Comparison(Cell("gan", "795"), (Cell("gan", "230k"),), "gap", higher=True),
+            Comparison(*_GAN_SETS, higher=True, spread=True),
+            Comparison(*_GAN_SETS, "gap", higher=True),
         ),
         about_gan=True,
     ),
@@ -366,11 +364,7 @@ CLAIMS: tuple[Claim, ...] = (
         rule="At 12k, gan with its L1 term has a lower RMSE, a smaller spread of it over seeds and a lower "
         "high-frequency power ratio than gan without (λ = 0).",
         family="gan",
-        comparisons=(
-            Comparison(Cell("gan"), (Cell("gan", "12k", (("lam", 0.0),)),)),
-            Comparison(Cell("gan"), (Cell("gan", "12k", (("lam", 0.0),)),), spread=True),
-            Comparison(Cell("gan"), (Cell("gan", "12k", (("lam", 0.0),)),), "spectrum"),
-        ),
+        comparisons=(Comparison(*_GAN_L1), Comparison(*_GAN_L1, spread=True), Comparison(*_GAN_L1, "spectrum")),
         about_gan=True,
     ),
     Claim(
@@ -408,10 +402,10 @@ CLAIMS: tuple[Claim, ...] = (
         family="Figure 5",
         comparisons=tuple(
             c
-            for encoder in ("densenet121", "resnet50")
+            for changed in _WITH.values()
             for measure, higher in FIGURE5.items()
             for loss in BEST_SMALL
-            for c in _beats(loss, _REST, "12k", _encoder(encoder), measure=measure, higher=higher)
+            for c in _beats(loss, _REST, "12k", changed, measure=measure, higher=higher)
         ),
     ),
     Claim(
@@ -422,13 +416,9 @@ CLAIMS: tuple[Claim, ...] = (
         "in RMSE.",
         family="Figure 5",
         comparisons=tuple(
-            Comparison(
-                Cell(loss, "12k", _encoder("resnet50" if measure == "rms" else "densenet121")),
-                (Cell(loss, "12k", _encoder("densenet121" if measure == "rms" else "resnet50")),),
-                measure,
-                higher,
-            )
+            Comparison(Cell(loss, changed=_WITH[better]), (Cell(loss, changed=_WITH[worse]),), measure, higher)
             for measure, higher in FIGURE5.items()
+            for better, worse in [("resnet50", "densenet121") if measure == "rms" else ("densenet121", "resnet50")]
             for loss in LOSSES
         ),
     ),
@@ -503,9 +493,8 @@ def verdicts(records: Iterable[Record | None], claims: Sequence[Claim] = CLAIMS)
         records: of any budgets and data; `None` (a run without a record) is passed over.
     """
     groups: dict[str, list[Record]] = {}
-    for record in records:
-        if record is not None:
-            groups.setdefault(source(record), []).append(record)
+    for record in filter(None, records):
+        groups.setdefault(source(record), []).append(record)
     return {name: _verdicts(name, group, claims) for name, group in groups.items()}
 
 
@@ -514,13 +503,11 @@ def _verdicts(name: str, records: Sequence[Record], claims: Sequence[Claim]) -> 
     runs = Runs(records)
     tests: dict[str, dict[Comparison, _Test]] = {}
     for family in dict.fromkeys(claim.family for claim in claims):
-        planned = dict.fromkeys(c for claim in claims if claim.family == family for c in claim.comparisons)
-        intervals = {comparison: runs.interval(comparison) for comparison in planned}
-        adjusted = holm([1.0 if found is None else found.p for found in intervals.values()])
-        tests[family] = {
-            comparison: _Test(comparison, found, p, runs)
-            for (comparison, found), p in zip(intervals.items(), adjusted, strict=True)
-        }
+        planned = list(dict.fromkeys(c for claim in claims if claim.family == family for c in claim.comparisons))
+        intervals = [runs.interval(comparison) for comparison in planned]
+        adjusted = holm([1.0 if found is None else found.p for found in intervals])
+        outcomes = zip(planned, intervals, adjusted, strict=True)
+        tests[family] = {outcome[0]: _Test(*outcome, runs) for outcome in outcomes}
     return {claim.name: _verdict(claim, name, runs, tests[claim.family]) for claim in claims}
 
 
@@ -630,13 +617,12 @@ def _reservations(records: Sequence[Record]) -> list[str]:
     """What a reader should know of the runs behind a verdict."""
     ends = [converged(record["curve"]).converged for record in records]
     older = sum(not is_current(record) for record in records)
-    found = {
-        f"{ends.count(False)} of {len(ends)} runs had not converged.": False in ends,
-        f"{ends.count(None)} of {len(ends)} learning curves are too short to tell whether they had converged.": None
-        in ends,
-        f"{older} made by older training code.": older,
-    }
-    return [text for text, holds in found.items() if holds]
+    found = [
+        (ends.count(False), f"of {len(ends)} runs had not converged."),
+        (ends.count(None), f"of {len(ends)} learning curves are too short to tell whether they had converged."),
+        (older, "made by older training code."),
+    ]
+    return [f"{count} {text}" for count, text in found if count]
 
 
 def _amount(value: float, comparison: Comparison) -> str:
