@@ -9,7 +9,7 @@ import numpy as np
 
 from d3lib.experiments import LOSSES, TRAIN_SETS
 from d3lib.losses import LABELS
-from d3lib.results import PaperNumber, score, stands_for
+from d3lib.results import PaperNumber, scores, stands_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,19 +55,21 @@ def show_depth(axes: Axes, depth: np.ndarray, valid: np.ndarray | None = None, n
     """Draw a depth map (H, W) in metres with the book's colours; where not `valid` it is left grey."""
     shown = np.ma.masked_array(depth, None if valid is None else ~valid)
     axes.set_facecolor("#b0b0b0")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
-    axes.grid(False)
+    _bare(axes)
     return axes.imshow(shown, cmap=DEPTH_COLOURS, vmin=near, vmax=far)
 
 
 def show_push(axes: Axes, values: np.ndarray, span: float) -> Any:
     """Draw a signed map (H, W), such as what a loss pushes each pixel to, with colours from -span to span."""
+    _bare(axes)
+    return axes.imshow(values, cmap=PUSH_COLOURS, vmin=-span, vmax=span)
+
+
+def _bare(axes: Axes) -> None:
+    """Leave nothing of a picture's axes but the picture."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     axes.grid(False)
-    return axes.imshow(values, cmap=PUSH_COLOURS, vmin=-span, vmax=span)
 
 
 def prediction_grid(
@@ -96,9 +98,7 @@ def prediction_grid(
             wrong = np.ma.masked_array(np.abs(pred - truth)[row, 0], ~known[row, 0])
             error = line[3 + 2 * i].imshow(wrong, cmap=ERROR_COLOURS, vmin=0, vmax=error_far)
         for ax in line:
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-            ax.grid(False)
+            _bare(ax)
     titles = ["picture", "true depth", *(text for name in preds for text in (name, "|error|"))]
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title)
@@ -162,9 +162,10 @@ def figure2(
             ours = {size: _values(records, number) for size, number in printed.items()}
             shown = [size for size in TRAIN_SETS if ours[size]]
             means = [float(np.mean(ours[size])) for size in shown]
-            bars = [[m - min(ours[s]) for s, m in zip(shown, means, strict=True)]]
-            bars += [[max(ours[s]) - m for s, m in zip(shown, means, strict=True)]]
-            row[1].errorbar([TRAIN_SETS.index(size) for size in shown], means, bars, capsize=3, **style)
+            bars = [[m - min(ours[s]), max(ours[s]) - m] for s, m in zip(shown, means, strict=True)]
+            row[1].errorbar(
+                [TRAIN_SETS.index(size) for size in shown], means, np.array(bars).reshape(-1, 2).T, capsize=3, **style
+            )
         for name, (text, line) in {"mean_map": ("mean map", "--"), "constant": ("constant", ":")}.items():
             heights = [_baseline(baselines, size, name, metric) for size in TRAIN_SETS]
             if None not in heights:
@@ -292,8 +293,7 @@ def _ours(records: Iterable[Mapping[str, Any]]) -> str:
 
 def _values(records: Iterable[Mapping[str, Any]], number: PaperNumber) -> list[float]:
     """Our counterparts of a number of the paper, one per seed."""
-    found = [score(record, number.metric) for record in records if stands_for(record["run"], number)]
-    return [value for value in found if value is not None]
+    return scores((record for record in records if stands_for(record["run"], number)), number.metric)
 
 
 def _baseline(baselines: Mapping[str, Any] | None, size: str, name: str, metric: str) -> float | None:

@@ -97,9 +97,7 @@ def what_stands_behind(budget: str, out: Path, only: str) -> str:
     text += f"{len(done)} of {len(records)} runs have a record. "
     if not done:
         return text + "Nothing was run yet."
-    came = sum(
-        record is not None and not (out / budget / key / "record.json").is_file() for key, record in records.items()
-    )
+    came = sum(not (out / budget / record["key"] / "record.json").is_file() for record in done)
     text += f"{came} of them came with the book. " if came else ""
     data = done[0]["data"]["description"].split(",")[0]
     seeds = sorted(Counter((r["run"]["loss"], r["run"]["train_set"], r["run"]["encoder"]) for r in done).values())
@@ -119,24 +117,24 @@ def what_stands_behind(budget: str, out: Path, only: str) -> str:
 
 def load_baselines(budget: str, out: Path, item: str = "fig2") -> dict[str, dict[str, Any]]:
     """The baselines' scores by training set, or by `fold-K`, for the sets that were scored here or for the book."""
-    runs = [run for run in runs_of(budget, out, item).values() if run.seed == 0]
-    paths = {
-        Path(run.data).name if run.data.startswith("folder:") else run.train_set: [
-            baselines_path(run, place) for place in (out / budget, BOOK / budget)
-        ]
-        for run in runs
-    }
-    return {
-        name: read_json(path, format="d3lib-baselines", version=1)
-        for name, both in paths.items()
-        for path in [next(filter(Path.is_file, both), None)]
-        if path is not None
-    }
+    found = {}
+    for run in runs_of(budget, out, item).values():
+        name = Path(run.data).name if run.data.startswith("folder:") else run.train_set
+        for place in (out / budget, BOOK / budget):
+            if run.seed == 0 and name not in found and (path := baselines_path(run, place)).is_file():
+                found[name] = read_json(path, format="d3lib-baselines", version=1)
+    return found
 
 
 def score(record: Mapping[str, Any], metric: str, part: str = "test", pooling: str = "pooled") -> float | None:
     """One number of a record: the chosen weights' metric on a set, against the depth that counts for its data."""
     return record["metrics"]["chosen"][part][record["data"]["target"]][pooling][metric]
+
+
+def scores(records: Iterable[Mapping[str, Any]], metric: str) -> list[float]:
+    """The `score` of each record that has it: one without a valid pixel has none."""
+    found = (score(record, metric) for record in records)
+    return [value for value in found if value is not None]
 
 
 def cell_status(paper: float, records: Iterable[Mapping[str, Any]], metric: str) -> str:
@@ -147,7 +145,7 @@ def cell_status(paper: float, records: Iterable[Mapping[str, Any]], metric: str)
     it is wide), or "differs"; with ", older" where other training code made a record.
     """
     records = list(records)
-    values = [value for value in (score(record, metric) for record in records) if value is not None]
+    values = scores(records, metric)
     if not values:
         return "not run"
     older = "" if all(map(is_current, records)) else ", older"
@@ -185,10 +183,10 @@ def compare(budget: str, out: Path) -> list[Cell]:
     records = [record for record in load_records(budget, out).values() if record is not None]
     cells = []
     for number in paper_numbers():
-        ours = [record for record in records if stands_for(record["run"], number)]
         if number.item == "table2" and number.method != "D3-Net":
             continue
-        values = [value for value in (score(record, number.metric) for record in ours) if value is not None]
+        ours = [record for record in records if stands_for(record["run"], number)]
+        values = scores(ours, number.metric)
         mean, half = prediction_interval(values) if values else (None, math.inf)
         status = cell_status(number.value, ours, number.metric)
         width = half if math.isfinite(half) else None
@@ -213,10 +211,8 @@ def stands_for(run: Mapping[str, Any], number: PaperNumber) -> bool:
 
 @functools.cache
 def _counterparts(budget: str, data: str, item: str, *wanted: str) -> list[dict[str, Any]]:
-    runs = manifest(budget, data)[item].runs
-    return [
-        dataclasses.asdict(run) for run in runs if (run.loss, run.train_set, run.encoder) == wanted and run.seed == 0
-    ]
+    runs = (run for run in manifest(budget, data)[item].runs if run.seed == 0)
+    return [dataclasses.asdict(run) for run in runs if (run.loss, run.train_set, run.encoder) == wanted]
 
 
 @dataclass(frozen=True)
@@ -270,11 +266,11 @@ def status_text(budget: str, out: Path, only: str | None = None, every: bool = F
     if every:
         lines = [f"{state:<12} {key}{'  ' + error if error else ''}" for key, (state, error) in states.items()]
     else:
-        items = manifest(budget, **choice_of(budget, out))
-        lines = []
-        for name, item in items.items():
-            if all(run.key in states for run in item.runs):
-                lines.append(f"{name:<12} {_counts(states[run.key][0] for run in item.runs):<40} {item.question}")
+        lines = [
+            f"{name:<12} {_counts(states[run.key][0] for run in item.runs):<40} {item.question}"
+            for name, item in manifest(budget, **choice_of(budget, out)).items()
+            if all(run.key in states for run in item.runs)
+        ]
         lines += [f"{state:<12} {key}  {error}" for key, (state, error) in states.items() if state == "failed"]
     return "\n".join([*lines, f"budget {budget}: {len(states)} runs: {_counts(state for state, _ in states.values())}"])
 
@@ -291,10 +287,8 @@ def comparison_text(budget: str, out: Path) -> str:
         number = cell.paper
         loss = "gan" if number.item == "table2" else number.method
         ours = "-" if cell.ours is None else f"{cell.ours:.3f}"
-        rows.append(
-            (number.item, loss, number.train_set, number.encoder, number.metric)
-            + (f"{number.value:.3f}", ours, str(cell.n), cell.status)
-        )
+        what = (number.item, loss, number.train_set, number.encoder, number.metric)
+        rows.append((*what, f"{number.value:.3f}", ours, str(cell.n), cell.status))
     return text_table(rows)
 
 
