@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import math
 import os
@@ -153,13 +154,14 @@ def reproduce(
     place = out.resolve() / budget
     if place.exists() and not place.is_dir():
         raise UserError(f"{place}: is a file; name a folder with --out")
+    engine = functools.partial(_run_engine, SNAKEFILE, place, place / "plan.json", out, cores, profile, dry_run)
     with locked(place / ".batch.lock", wait=False):
         with atomic_write(place / "plan.json") as file:
             json.dump(plan | {"out": str(place), "book": str(PROJECT / "book")}, file)
         print(f"{len(runs)} runs at budget {budget} on {plan['data']}; results in {place}", flush=True)
         if prepare:
             fetch_encoders(runs.values())
-            return _run_engine(SNAKEFILE, place, place / "plan.json", out, cores, profile, dry_run, "data")
+            return engine("data")
         states = {key: State(place / key).read()[0] for key in runs}
         for key, state in states.items():  # made by `d3lib train` with older code: the engine knows nothing of them
             if state != "done" and not dry_run:
@@ -167,8 +169,8 @@ def reproduce(
         todo = [run for key, run in runs.items() if states[key] != "done"]
         elsewhere = f"{len(todo)} runs to do where {profile} sends them"  # this machine's speed says nothing of theirs
         print(elsewhere if profile else plan_text(budget, todo, out), flush=True)
-        failed = _run_engine(SNAKEFILE, place, place / "plan.json", out, cores, profile, dry_run, "runs")
-        return _run_engine(SNAKEFILE, place, place / "plan.json", out, cores, profile, dry_run, "figures") or failed
+        failed = engine("runs")
+        return engine("figures") or failed
 
 
 def work_through(
@@ -240,11 +242,7 @@ def work_through(
 
 
 def make_plan(
-    budget: str,
-    out: Path,
-    data_root: Path | None = None,
-    only: str | None = None,
-    pictures: Path | None = None,
+    budget: str, out: Path, data_root: Path | None = None, only: str | None = None, pictures: Path | None = None
 ) -> dict[str, Any]:
     """What a batch works on: {budget, only, data_root, data, pictures}; see `results.source_of`.
 
@@ -256,8 +254,8 @@ def make_plan(
     for fold in range(1, FOLDS + 1) if pictures else ():
         if not (pictures / f"fold-{fold}" / "rgb" / "test").is_dir():
             raise UserError(f"{pictures}: has no fold-{fold}; make {FOLDS} folds of your pairs by `d3lib data folds`")
-    where = {"data_root": str(root), "data": source_of(budget, root), "pictures": folder}
-    return {"budget": budget, "only": only} | where
+    data = source_of(budget, root)
+    return {"budget": budget, "only": only, "data_root": str(root), "data": data, "pictures": folder}
 
 
 def fetch_encoders(runs: Iterable[Run]) -> None:
@@ -306,8 +304,7 @@ def _run_engine(
     """Run Snakemake in `place`, whose lock the caller holds, and pass its lines on; returns 0, or 1 if a job failed."""
     quiet = ["--quiet", *([] if profile else ["rules"]), "host", "progress", "reason"]  # a cluster's failures are there
     command = [sys.executable, "-m", "snakemake", *([target] if target else [])]  # first: options would swallow it
-    command += ["--snakefile", str(snakefile), "--directory", str(place)]
-    command += ["--configfile", str(config)]
+    command += ["--snakefile", str(snakefile), "--directory", str(place), "--configfile", str(config)]
     if cores or not profile:  # a profile says how many
         command += ["--cores", str(cores or os.cpu_count() or 1)]
     environment = os.environ | {"D3LIB_RUNS": str(out.resolve())}

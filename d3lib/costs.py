@@ -83,9 +83,8 @@ def seconds_of(runs: Iterable[Run], out: Path, device: str = "auto") -> dict[str
     What was timed is kept in `out/throughput.json`.
     """
     device, runs = pick_device(device), list(runs)
-    budgets = {(run.budget, run.data) for run in runs if run.data in ("rooms", "nyu")}
     done: dict[str, float] = {}
-    for budget, data in budgets:
+    for budget, data in {(run.budget, run.data) for run in runs if run.data in ("rooms", "nyu")}:
         done |= recorded(all_runs(budget, data=data).values(), out / budget, device)
     path = out / "throughput.json"
     here = digest_json([device_name(device), torch.get_num_threads(), torch.__version__, code_digest(*TRAINING_CODE)])
@@ -107,9 +106,7 @@ def seconds_of(runs: Iterable[Run], out: Path, device: str = "auto") -> dict[str
             seconds[run.key] = START + like
             continue
         cost = dict(timed(kind_of(run, loss="l1")))
-        if (
-            run.loss == "gan"
-        ):  # the discriminator costs the same whatever it judges, so it is timed beside a small network
+        if run.loss == "gan":  # its discriminator costs the same whatever it judges: timed beside a small network
             with_it, without = (timed(kind_of(run, loss=loss, encoder="tiny")) for loss in ("gan", "l1"))
             cost["step"] += max(0.0, with_it["step"] - without["step"])
         row = BUDGETS[run.budget]
@@ -133,9 +130,8 @@ def plan_text(budget: str, runs: Iterable[Run], out: Path, device: str = "auto")
         new = [run.key for run in item.runs if run.key in todo and run.key not in counted]
         counted |= set(new)
         if new:
-            lines.append(
-                f"  {name:<12} {len(new):>4} runs {_time(sum(seconds[key] for key in new)):>9}  {item.question}"
-            )
+            cost = _time(sum(seconds[key] for key in new))
+            lines.append(f"  {name:<12} {len(new):>4} runs {cost:>9}  {item.question}")
     where = device_name(pick_device(device))
     total = _time(sum(seconds.values()))
     return "\n".join([f"to do: {len(todo)} runs, about {total} one after the other on one {where}", *lines])

@@ -135,11 +135,6 @@ def _convergence(curve: Sequence[Mapping[str, Any]]) -> str:
 def model_card(record: Mapping[str, Any]) -> str:
     """A weights file's card in Markdown: what it is, what it was trained on, how good it is, what it is not for."""
     run, data, made = record["run"], record["data"], record["provenance"]
-    rows = [
-        (name, target, scores)
-        for name, found in record["metrics"]["chosen"].items()
-        for target, scores in found.items()
-    ]
     lines = [
         f"# {record['key']}",
         "",
@@ -157,11 +152,12 @@ def model_card(record: Mapping[str, Any]) -> str:
         "| set | against | images | RMSE (m) | abs rel | δ < 1.25 |",
         "|---|---|---|---|---|---|",
     ]
-    for name, target, scores in rows:
-        cells = [scores["pooled"][metric] for metric in ("rms", "rel", "d1")]
-        shown = " | ".join("-" if cell is None else f"{cell:.3f}" for cell in cells)
-        words = {"exact": "exact depth", "depth": "sensor depth"}[target]
-        lines.append(f"| {name} | {words} | {scores['images']} | {shown} |")
+    for name, found in record["metrics"]["chosen"].items():
+        for target, scores in found.items():
+            cells = [scores["pooled"][metric] for metric in ("rms", "rel", "d1")]
+            shown = " | ".join("-" if cell is None else f"{cell:.3f}" for cell in cells)
+            words = {"exact": "exact depth", "depth": "sensor depth"}[target]
+            lines.append(f"| {name} | {words} | {scores['images']} | {shown} |")
     lines += [
         "",
         "Scores are pooled over all valid pixels of a set, at network size.",
