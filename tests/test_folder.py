@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from d3lib.data.folder import FolderRGBD, pair_by_time, read_depth, read_rgb, time_of, write_folds
-from d3lib.data.shards import open_store
+from d3lib.data.prepare import FolderStore
 from d3lib.errors import UserError
 
 H, W = 12, 18
@@ -232,8 +232,7 @@ def test_a_photograph_lying_on_its_side_is_turned_upright(tmp_path):
 def test_a_store_holds_the_same_samples(tmp_path):
     root = folder(tmp_path / "in", ["a.png", "b.png"], ["a.png", "b.png"])
     dataset = FolderRGBD(root, "train", size=(6, 9))
-    dataset.to_store(tmp_path / "store")
-    store = open_store(tmp_path / "store")
+    store = FolderStore(tmp_path / "data", root, "train", 6, 9, dataset.max_depth).open()
     assert store.names == ["a", "b"] and store.source == dataset.source and store.source["strays"] == 0
     for kept, sample in zip(store, dataset, strict=True):
         assert kept.keys() == sample.keys() and all((kept[key] == sample[key]).all() for key in kept)
@@ -455,7 +454,7 @@ def test_the_real_pairs_read_as_pillow_and_numpy_read_them(test_data, tmp_path):
         assert sample["rgb"].shape == (3, 432, 645)
         assert np.array_equal(sample["depth"][0], (np.asarray(Image.open(depth)) / 1000).astype(np.float32))
         assert sample["valid"].all() and 0.3 < sample["depth"].min() and sample["depth"].max() < 10
-    store = FolderRGBD(test_data / "dfd_indoor", "train", size=(96, 128)).to_store(tmp_path / "store")
+    store = FolderStore(tmp_path, test_data / "dfd_indoor", "train", 96, 128, max_depth=10.0).open()
     store.verify()
     assert len(store) == 81 and list(store.names) == sorted(store.names)
 

@@ -33,7 +33,6 @@ from PIL import Image, ImageOps
 
 from d3lib import artefacts
 from d3lib.data.loader import resize_sample
-from d3lib.data.shards import Store, write_store
 from d3lib.errors import UserError
 
 MAX_PIXELS = 1 << 26  # 64 megapixels: what a picture may declare before it is decoded
@@ -131,11 +130,6 @@ class FolderRGBD(torch.utils.data.Dataset):
             "size": self.size and list(self.size), "depth_scale": self.depth_scale, "max_depth": self.max_depth,
             "files": artefacts.digest_json([_stamp(path) for pair in self.pairs for path in pair]),
         }  # fmt: skip
-
-    def to_store(self, path: str | Path) -> Store:
-        """Write all samples as a store (see `d3lib.data.shards.write_store`)."""
-        batches = ({key: x[None] for key, x in self[index].items()} for index in range(len(self)))
-        return write_store(path, batches, source=self.source, names=self.names)
 
     def _list(self, kind: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
         """Stem → picture; what is no picture, or shares its stem with another, becomes a stray."""

@@ -15,7 +15,6 @@ import itertools
 import logging
 import math
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ import numpy as np
 import torch
 
 from d3lib import artefacts
-from d3lib.data import shards
+from d3lib.data import prepare, shards
 from d3lib.data.kinect import CROP, HEIGHT, MAX_DEPTH, WIDTH
-from d3lib.data.loader import resize_sample
 from d3lib.errors import UserError
 from d3lib.provenance import code_digest
 
@@ -286,8 +284,10 @@ def prepare_labelled(
             "frames": artefacts.digest_json(split[part].tolist()), "code": code_digest("d3lib.data.nyu"),
         }  # fmt: skip
         folder = data_root / f"nyu-{part}{'-raw' if depth == 'raw' else ''}-{height}x{width}"
-        with artefacts.locked(data_root / f".{folder.name}.lock"):
-            stores.append(shards.open_if_from(folder, source) or _write(folder, frames, split[part], source, progress))
+        indices = split[part].tolist()
+        names = [f"{frames.scenes[index]}/{index + 1:04d}" for index in indices]
+        batches = prepare.singly(frames.samples(indices, depth), (height, width))
+        stores.append(prepare.open_or_make(folder, source, names, batches, progress))
     return stores
 
 
@@ -300,22 +300,3 @@ def _warn_of_scenes(frames: LabelledSet, split: Mapping[str, np.ndarray]) -> Non
     if shared := scenes["test"] & training_scenes():
         _log.warning("%s: %d scenes of test frames are training scenes (%s)",
                      frames.path, len(shared), ", ".join(sorted(shared)[:3]))  # fmt: skip
-
-
-def _write(
-    folder: Path,
-    frames: LabelledSet,
-    indices: np.ndarray,
-    source: Mapping[str, Any],
-    progress: Callable[[str], None] | None,
-) -> shards.Store:
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
-        start = time.perf_counter()
-        for done, sample in enumerate(frames.samples(indices.tolist(), source["target"]), 1):
-            yield {key: image[None] for key, image in resize_sample(sample, tuple(source["size"])).items()}
-            if progress is not None and (done % 100 == 0 or done == len(indices)):
-                rate = done / (time.perf_counter() - start)
-                progress(f"{folder.name}: {done}/{len(indices)} frames, {rate:.1f} frames/s")
-
-    names = [f"{frames.scenes[index]}/{index + 1:04d}" for index in indices.tolist()]
-    return shards.write_store(folder, batches(), source=source, names=names)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import glob
 import math
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +22,63 @@ from d3lib.artefacts import digest_json, locked
 from d3lib.data import rooms, shards
 from d3lib.data.folder import FolderRGBD
 from d3lib.data.inpaint import fill_depth
+from d3lib.data.loader import resize_sample
 from d3lib.errors import UserError
 from d3lib.provenance import code_digest
 
 MEMORY = 2**31  # bytes; a store smaller than this is read once and kept in memory
 BYTES_A_PIXEL = 7  # rgb, depth and exact depth
 BESIDE_THE_PICTURES = ("d3lib.errors", "d3lib.artefacts", "d3lib.data.rooms.recording")  # change no rendered pixel
-FILL_BATCH = 256  # frames filled between two lines of progress
+FILL_BATCH = 256  # frames given to the processes that fill at once
 RENDER_BATCH = 16  # frames a process renders at once; more is no faster on a CPU and costs memory
+REPORT_EVERY = 5.0  # seconds between two lines of progress
+
+Progress = Callable[[str], None]
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+def open_or_make(
+    folder: Path, source: Mapping[str, Any], names: Sequence[str], batches: Batches, progress: Progress | None = None
+) -> shards.Store:
+    """The store in `folder` if it was made from `source` (it may be read-only), else written now, by one process alone.
+
+    `batches` hold the frames that `names` names; nothing is asked of them if the store is there. Raises `UserError` as
+    they and `shards` do, and where a process that makes them was killed.
+    """
+    if found := shards.open_if_from(folder, source):
+        return found
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        for rest in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):  # a killed process had begun it
+            shutil.rmtree(rest, ignore_errors=True)
+        if found := shards.open_if_from(folder, source):
+            return found
+        try:
+            counted = _counted(batches, len(names), folder.name, progress)
+            return shards.write_store(folder, counted, source=source, names=names)
+        except RuntimeError as error:
+            if not (isinstance(error, BrokenExecutor) or "DataLoader worker" in str(error)):
+                raise
+            raise UserError(
+                f"{folder}: a process that was making it was killed; the same command tries again"
+            ) from error
+
+
+def _counted(batches: Batches, total: int, name: str, progress: Progress | None) -> Iterator[Mapping[str, Tensor]]:
+    """The same batches; says every few seconds, and at the end, how many of `total` frames are done and how fast."""
+    start = told = time.perf_counter()
+    done = 0
+    for batch in batches:
+        yield batch
+        done, now = done + len(batch["rgb"]), time.perf_counter()
+        if progress is not None and (now - told >= REPORT_EVERY or done == total):
+            told = now
+            progress(f"{name}: {done}/{total} frames, {done / (now - start):.1f} frames/s")
+
+
+def singly(samples: Batches, size: tuple[int, int]) -> Iterator[Mapping[str, Tensor]]:
+    """Samples at `size` (H, W), see `loader.resize_sample`, each as a batch of one."""
+    for sample in samples:
+        yield {key: image[None] for key, image in resize_sample(sample, size).items()}
 
 
 @dataclass(frozen=True)
@@ -57,37 +106,25 @@ class RoomsStore:
     @property
     def source(self) -> dict[str, Any]:
         """What decides the store's content: its parameters and a digest of the renderer's code."""
-        return {
-            "kind": "rooms",
-            "split": self.split,
-            "scenes": self.scenes,
-            "views": self.views,
-            "height": self.height,
-            "width": self.width,
-            "shading": self.shading,
-            "code": code_digest("d3lib.data.rooms", without=BESIDE_THE_PICTURES),
-        }
+        parameters = {name: value for name, value in dataclasses.asdict(self).items() if name != "root"}
+        return {"kind": "rooms", **parameters, "code": code_digest("d3lib.data.rooms", without=BESIDE_THE_PICTURES)}
 
-    def open(self, progress: Callable[[str], None] | None = None) -> shards.Store:
+    @property
+    def frames(self) -> list[tuple[int, int]]:
+        """Its frames: scene's seed and view."""
+        return rooms.frames(self.split, scenes=self.scenes, views=self.views)
+
+    @property
+    def names(self) -> list[str]:
+        """One per frame."""
+        return [f"{seed}-{view:04d}" for seed, view in self.frames]
+
+    def open(self, progress: Progress | None = None) -> shards.Store:
         """The store, rendered first if it is missing or was rendered by other code."""
-        with _found_or_alone(self.folder, self.source) as store:
-            if store is not None:
-                return store
-            frames = rooms.frames(self.split, scenes=self.scenes, views=self.views)
-            names = [f"{seed}-{view:04d}" for seed, view in frames]
-            return shards.write_store(self.folder, self._rendered(frames, progress), source=self.source, names=names)
+        return open_or_make(self.folder, self.source, self.names, self._rendered(), progress)
 
-    def _rendered(
-        self, frames: list[tuple[int, int]], progress: Callable[[str], None] | None
-    ) -> Iterator[Mapping[str, Tensor]]:
-        start, done = time.perf_counter(), 0
-        size = (self.height, self.width)
-        for batch in rooms.stream(frames, size, RENDER_BATCH, self.shading):
-            yield batch
-            done += len(batch["rgb"])
-            if progress is not None and (done // RENDER_BATCH % 10 == 0 or done == len(frames)):
-                rate = done / (time.perf_counter() - start)
-                progress(f"{self.folder.name}: {done}/{len(frames)} frames, {rate:.1f} frames/s")
+    def _rendered(self) -> Iterator[Mapping[str, Tensor]]:
+        yield from rooms.stream(self.frames, (self.height, self.width), RENDER_BATCH, self.shading)
 
 
 @dataclass(frozen=True)
@@ -108,16 +145,13 @@ class FilledRooms:
         code = code_digest("d3lib.data.inpaint", without=BESIDE_THE_PICTURES)
         return {"kind": "filled rooms", "of": self.of.source, "frames": self.frames, "code": code}
 
-    def open(self, progress: Callable[[str], None] | None = None) -> shards.Store:
+    def open(self, progress: Progress | None = None) -> shards.Store:
         """The store, made first if it is missing or outdated, from its set, which is rendered if need be."""
-        with _found_or_alone(self.folder, self.source) as store:
-            if store is not None:
-                return store
-            sensor = self.of.open(progress)
-            names = list(sensor.names[: self.frames])
-            return shards.write_store(self.folder, self._filled(sensor, progress), source=self.source, names=names)
+        names = self.of.names[: self.frames]
+        return open_or_make(self.folder, self.source, names, self._filled(progress), progress)
 
-    def _filled(self, sensor: shards.Store, progress: Callable[[str], None] | None) -> Iterator[Mapping[str, Tensor]]:
+    def _filled(self, progress: Progress | None) -> Iterator[Mapping[str, Tensor]]:
+        sensor = self.of.open(progress)
         with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
             for start in range(0, self.frames, FILL_BATCH):
                 batch = sensor.__getitems__(range(start, min(start + FILL_BATCH, self.frames)))
@@ -125,8 +159,6 @@ class FilledRooms:
                 batch["depth"] = torch.from_numpy(np.stack(list(depth))[:, None])
                 batch["valid"] = batch["depth"] > 0
                 yield batch
-                if progress is not None:
-                    progress(f"{self.folder.name}: {min(start + FILL_BATCH, self.frames)}/{self.frames} frames")
 
 
 def _fill(rgb: np.ndarray, depth: np.ndarray) -> np.ndarray:
@@ -151,33 +183,15 @@ class FolderStore:
         where = digest_json([str(self.pictures.resolve()), self.max_depth])[:8]
         return self.root / f"folder-{self.pictures.name}-{where}-{self.split}-{self.height}x{self.width}"
 
-    def open(self, progress: Callable[[str], None] | None = None) -> shards.Store:
+    def open(self, progress: Progress | None = None) -> shards.Store:
         """The store, made first if it is missing or a picture has changed. Raises `UserError` for unfit pictures."""
         size = (self.height, self.width)
         pairs = FolderRGBD(self.pictures, self.split, size=size, max_depth=self.max_depth)
         if progress is not None:
             progress(f"{self.pictures}: {pairs.report}")
-        with _found_or_alone(self.folder, pairs.source) as found:
-            return _in_memory_if_small(found) if found else pairs.to_store(self.folder)
-
-
-@contextlib.contextmanager
-def _found_or_alone(folder: Path, source: Mapping[str, Any]) -> Iterator[shards.Store | None]:
-    """The store made from `source`, where it is there (it may be read-only); else None, while no one else makes it."""
-    if found := shards.open_if_from(folder, source):
-        yield found
-        return
-    with locked(folder.with_name(f".{folder.name}.lock")):
-        for rest in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):  # a killed process had begun it
-            shutil.rmtree(rest, ignore_errors=True)
-        try:
-            yield shards.open_if_from(folder, source)
-        except RuntimeError as error:
-            if not (isinstance(error, BrokenExecutor) or "DataLoader worker" in str(error)):
-                raise
-            raise UserError(
-                f"{folder}: a process that was making it was killed; the same command tries again"
-            ) from error
+        samples = (pairs[index] for index in range(len(pairs)))
+        made = open_or_make(self.folder, pairs.source, pairs.names, singly(samples, size), progress)
+        return _in_memory_if_small(made)
 
 
 def open_nyu(root: Path, name: str, height: int, width: int) -> shards.Store:

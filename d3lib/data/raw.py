@@ -599,8 +599,7 @@ def make_store(folder: Path, target: Path, size: tuple[int, int], progress: Prog
     """
     import torch
 
-    from d3lib.data import nyu, shards
-    from d3lib.data.loader import resize_sample
+    from d3lib.data import nyu, prepare
 
     plan = read_plan(folder)
     done = _done(folder, plan)
@@ -614,22 +613,9 @@ def make_store(folder: Path, target: Path, size: tuple[int, int], progress: Prog
         "code": code_digest("d3lib.data.raw"),
         "scenes": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},  # tell of a change, unread
     }
-    with artefacts.locked(target.parent / f".{target.name}.lock"):
-        if store := shards.open_if_from(target, source):
-            return store
-        names = [f"{scene.name}/{row['frame']}" for scene, manifest in done for row in manifest["frames"]]
-        start = time.perf_counter()
-
-        def batches() -> Iterator[dict[str, torch.Tensor]]:
-            for number, (_, sample) in enumerate(samples(folder), 1):
-                tensors = {key: torch.from_numpy(image) for key, image in sample.items()}
-                resized = resize_sample(tensors, size)
-                yield {key: image[None] for key, image in resized.items()}
-                if progress is not None and number % 50 == 0:
-                    rate = number / (time.perf_counter() - start)
-                    progress(f"{target.name}: {number}/{len(names)} frames, {rate:.0f} frames/s")
-
-        return shards.write_store(target, batches(), source=source, names=names)
+    names = [f"{scene.name}/{row['frame']}" for scene, manifest in done for row in manifest["frames"]]
+    tensors = ({key: torch.from_numpy(image) for key, image in sample.items()} for _, sample in samples(folder))
+    return prepare.open_or_make(target, source, names, prepare.singly(tensors, size), progress)
 
 
 def folder_of(data_root: Path, recipe: Recipe) -> Path:
