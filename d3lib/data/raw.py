@@ -217,14 +217,12 @@ def make_plan(archives: Sequence[str | Path], folder: Path, recipe: Recipe) -> d
             f"{count} frames asked for, but {', '.join(path.name for path in paths)} hold {available} synchronised "
             f"pairs of training scenes; name more archives or ask for fewer"
         )
-    chosen = np.arange(count) * available // count  # equally spaced over the directories in order of name
-    directories, start = {}, 0
-    for name, entry in sorted(listing.items()):
-        pairs = entry["pairs"]
-        here = chosen[(chosen >= start) & (chosen < start + len(pairs))] - start
-        start += len(pairs)
-        if len(here):
-            directories[name] = entry | {"pairs": [pairs[index] for index in here]}
+    every = [(name, pair) for name in sorted(listing) for pair in listing[name]["pairs"]]
+    chosen: dict[str, list[str]] = {}
+    for index in range(count):  # equally spaced over the directories in order of name
+        name, pair = every[index * available // count]
+        chosen.setdefault(name, []).append(pair)
+    directories = {name: listing[name] | {"pairs": pairs} for name, pairs in chosen.items()}
     content = {
         "recipe": dataclasses.asdict(recipe),
         "archives": entries,
@@ -260,12 +258,14 @@ def _wherever(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Scene:
-    """The zip of one directory of a plan: where it is, and what is to be in it."""
+    """The zip of one directory of a plan: where it is, what is to be in it, and what it is made from."""
 
     folder: Path  # of the plan
     name: str
-    pairs: Sequence[str]
+    pairs: Sequence[str]  # "depth-file rgb-file" of each frame
     recipe: Recipe
+    archive: Path | None  # where the archive of the directory lies now; None: not asked for
+    inside: str  # the directory there
 
     @property
     def path(self) -> Path:
@@ -289,19 +289,22 @@ class Scene:
             return None
 
 
-def _scenes(folder: Path, plan: Mapping[str, Any]) -> dict[str, Scene]:
+def _scenes(folder: Path, plan: Mapping[str, Any], places: Mapping[int, Path]) -> list[Scene]:
+    """Every directory of the plan; `places` says where archives lie, by their numbers."""
     recipe = Recipe(**plan["recipe"])
-    return {name: Scene(folder, name, entry["pairs"], recipe) for name, entry in plan["directories"].items()}
+    return [
+        Scene(folder, name, entry["pairs"], recipe, places.get(entry["archive"]), entry["folder"])
+        for name, entry in plan["directories"].items()
+    ]
 
 
-def process_frame(
-    archive: Archive, members: Sequence[str], recipe: Recipe
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read, project, crop and fill one pair (members of the archive: depth, colour).
+def process_frame(archive: Archive, inside: str, pair: str, recipe: Recipe) -> dict[str, bytes]:
+    """Read, project, crop, fill and encode one pair ("depth-file rgb-file") of the folder `inside` of an archive.
 
-    Returns rgb uint8 (427, 561, 3), depth float64 (427, 561) in metres, and where depth was measured, bool.
+    Returns ending → bytes of a picture, its depth in millimetres and where depth was measured, each 427x561.
     Raises `UserError` for a damaged or unfit frame.
     """
+    members = [f"{inside}/{name}" if inside else name for name in pair.split()]
     raw = kinect.read_pgm(archive.read(members[0], kinect.DEPTH_BYTES), members[0])
     rgb, depth = kinect.project(kinect.read_ppm(archive.read(members[1], kinect.RGB_BYTES), members[1]), raw)
     measured = (depth > 0) & (depth < kinect.MAX_DEPTH)
@@ -312,7 +315,20 @@ def process_frame(
     rgb, depth, measured = (kinect.crop(image) for image in (rgb, depth, measured))
     if recipe.fill and recipe.order == "crop-fill":
         depth = fill_depth(rgb.transpose(2, 0, 1), depth, recipe.alpha)
-    return rgb, depth if recipe.fill else np.where(measured, depth, 0), measured
+    if not recipe.fill:
+        depth = np.where(measured, depth, 0)
+    millimetres = np.rint(depth.clip(0, 65.535) * 1000).astype(np.uint16)
+    lossless = {"png": _saved(rgb, "PNG", compress_level=1)} if recipe.lossless else {}
+    return (lossless or {"jpg": _saved(rgb, "JPEG", quality=JPEG_QUALITY)}) | {
+        "depth.png": _saved(millimetres, "PNG", compress_level=1),
+        "mask.png": _saved(measured, "PNG", compress_level=1),  # one bit a pixel
+    }
+
+
+def _saved(image: np.ndarray, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def process(
@@ -340,23 +356,18 @@ def process(
                 f"delete {folder} and plan with all archives"
             )
         places[known.index(identity)] = path
-    entries = {name: entry for name, entry in plan["directories"].items() if entry["archive"] in places}
-    scenes = {name: scene for name, scene in _scenes(folder, plan).items() if name in entries}
-    jobs = [
-        (scene, places[entries[name]["archive"]], entries[name]["folder"])
-        for name, scene in scenes.items()
-        if scene.manifest() is None
-    ]
+    scenes = [scene for scene in _scenes(folder, plan, places) if scene.archive is not None]
+    jobs = [scene for scene in scenes if scene.manifest() is None]
     workers = min(workers or os.cpu_count() or 1, max(len(jobs), 1))
-    ticker = _Ticker(sum(len(scene.pairs) for scene, *_ in jobs), workers, progress)
+    ticker = _Ticker(sum(len(scene.pairs) for scene in jobs), workers, progress)
     if jobs:
-        ticker.estimate(*jobs[0])
+        ticker.estimate(jobs[0])
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _run_jobs(jobs, workers, ticker)
             break
         except BrokenProcessPool:
-            jobs = [job for job in jobs if job[0].manifest() is None]
+            jobs = [scene for scene in jobs if scene.manifest() is None]
             if attempt == ATTEMPTS:
                 raise UserError(
                     f"{folder}: a process was killed {ATTEMPTS} times (out of memory?), {len(jobs)} directories are "
@@ -364,25 +375,22 @@ def process(
                 ) from None
     if ticker.faults:
         raise UserError(f"{len(ticker.faults)} directories are not done ({ticker.faults[0]}); the same command goes on")
-    manifests = [scene.manifest() or {"frames": [], "skipped": []} for scene in scenes.values()]
+    manifests = [scene.manifest() or {"frames": [], "skipped": []} for scene in scenes]
     written = sum(len(manifest["frames"]) for manifest in manifests)
     skipped = [row for manifest in manifests for row in manifest["skipped"]]
     if skipped and not written:  # no fault of single frames
-        for scene in scenes.values():
+        for scene in scenes:
             scene.path.unlink()
         first = skipped[0]
         raise UserError(f"{folder}: none of {len(skipped)} frames is fit ({first['frame']}: {first['reason']})")
-    size = sum(scene.path.stat().st_size for scene in scenes.values())
+    size = sum(scene.path.stat().st_size for scene in scenes)
     return {"written": written, "skipped": skipped, "bytes": size}
 
 
-Job = tuple[Scene, Path, str]  # what to make, the archive that it is in, and the folder there
-
-
-def _run_jobs(jobs: Sequence[Job], workers: int, ticker: _Ticker) -> None:
+def _run_jobs(jobs: Sequence[Scene], workers: int, ticker: _Ticker) -> None:
     if workers == 1:
-        for job in jobs:
-            ticker.add(*_process_directory(*job))
+        for scene in jobs:
+            ticker.add(*_make(scene))
         return
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     before = {name: os.environ.get(name) for name in threads}
@@ -392,9 +400,7 @@ def _run_jobs(jobs: Sequence[Job], workers: int, ticker: _Ticker) -> None:
     queue, running = iter(jobs), set[Future]()
     try:
         while True:  # the pool gets no job before a process is free: what it has, it cannot be made to forget
-            running |= {
-                pool.submit(_process_directory, *job) for job in itertools.islice(queue, workers - len(running))
-            }
+            running |= {pool.submit(_make, scene) for scene in itertools.islice(queue, workers - len(running))}
             if not running:
                 break
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -436,29 +442,23 @@ class _Ticker:
         self.faults: list[str] = []
         self.start = time.perf_counter()
 
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-    def estimate(self, scene: Scene, path: Path, inside: str) -> None:
+    def estimate(self, scene: Scene) -> None:
         """Time one frame, say what all will take, and refuse a disk that is too small. Raises `UserError`."""
-        folder, recipe = scene.folder, scene.recipe
         size, seconds = 0, 0.0
-        with Archive(path) as archive:
+        with Archive(scene.archive) as archive:
             for pair in [*scene.pairs[:2], scene.pairs[0]]:  # the first call compiles, the last that succeeds counts
                 with contextlib.suppress(UserError, OSError):
                     started = time.perf_counter()
-                    frame = process_frame(archive, _members(inside, pair), recipe)
-                    size = sum(len(content) for content in _encode(*frame, recipe).values())
+                    size = sum(map(len, process_frame(archive, scene.inside, pair, scene.recipe).values()))
                     seconds = time.perf_counter() - started
-        need, free = size * self.total, shutil.disk_usage(folder).free
+        need, free = size * self.total, shutil.disk_usage(scene.folder).free
         self.say(
             f"{self.total} frames: about {_duration(seconds * self.total / self.workers)} on {self.workers} processes "
             f"and {_amount(need)} "
             f"({seconds * 1000:.0f} ms and {size / 1e6:.2f} MB for one; {_amount(free)} free)"
         )
         if need + DISK_RESERVE > free:
-            raise UserError(f"{folder}: about {_amount(need)} are needed and {_amount(free)} free; use --out")
+            raise UserError(f"{scene.folder}: about {_amount(need)} are needed and {_amount(free)} free; use --out")
         self.start = time.perf_counter()
 
     def add(self, frames: int, size: int, fault: str) -> None:
@@ -466,7 +466,7 @@ class _Ticker:
         self.done += frames
         self.bytes += size
         self.faults += [fault] if fault else []
-        rate = max(self.done, 1) / max(self.seconds, 1e-9)
+        rate = max(self.done, 1) / max(time.perf_counter() - self.start, 1e-9)
         left = _duration((self.total - self.done) / rate)
         self.say(fault or f"{self.done}/{self.total} frames, {rate:.1f} frames/s, {_amount(self.bytes)}, {left} left")
 
@@ -479,7 +479,7 @@ def _amount(size: float) -> str:
     return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 
-def _process_directory(scene: Scene, path: Path, inside: str) -> tuple[int, int, str]:
+def _make(scene: Scene) -> tuple[int, int, str]:
     """Make one directory's zip, unless another process has made it meanwhile. Returns frames, bytes and no fault.
 
     Or 0, 0 and the fault, where disk or network fail: they may not another time.
@@ -490,23 +490,19 @@ def _process_directory(scene: Scene, path: Path, inside: str) -> tuple[int, int,
             if scene.manifest() is None:
                 for rest in target.parent.glob(f".{scene.name}.*.part.zip"):
                     rest.unlink()  # of a process that was killed: ours is the only one here now
-                _write_scene(scene, _open_archive(path), inside)
+                _write(scene)
         return len(scene.pairs), target.stat().st_size, ""
     except OSError as error:
         return 0, 0, f"{scene.name} is not done: {error}"
 
 
-def _members(inside: str, pair: str) -> list[str]:
-    return [f"{inside}/{name}" if inside else name for name in pair.split()]
-
-
-def _write_scene(scene: Scene, archive: Archive, inside: str) -> None:
-    frames, skipped = [], []
+def _write(scene: Scene) -> None:
+    frames, skipped, archive = [], [], _open_archive(scene.archive)
     with artefacts.atomic_path(scene.path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as out:
         for pair in scene.pairs:
             stem = pair.split()[0].removesuffix(".pgm").removeprefix("d-")
             try:
-                content = _encode(*process_frame(archive, _members(inside, pair), scene.recipe), scene.recipe)
+                content = process_frame(archive, scene.inside, pair, scene.recipe)
             except (UserError, ArithmeticError, np.linalg.LinAlgError) as error:
                 skipped.append({"frame": f"{scene.name}/{stem}", "reason": " ".join(str(error).split())})
                 continue
@@ -519,24 +515,6 @@ def _write_scene(scene: Scene, archive: Archive, inside: str) -> None:
         manifest |= {"frames": frames, "skipped": skipped}
         text = json.dumps({"format": SCENE, "version": VERSION, "content": manifest}, indent=1, sort_keys=True)
         out.writestr(zipfile.ZipInfo("manifest.json"), text)
-
-
-def _encode(rgb: np.ndarray, depth: np.ndarray, measured: np.ndarray, recipe: Recipe) -> dict[str, bytes]:
-    """Ending → bytes of the three pictures of a frame."""
-    picture = Image.fromarray(rgb)
-    millimetres = Image.fromarray(np.rint(depth.clip(0, 65.535) * 1000).astype(np.uint16))
-    return {
-        **({"png": _saved(picture, "PNG", compress_level=1)} if recipe.lossless else {}),
-        **({} if recipe.lossless else {"jpg": _saved(picture, "JPEG", quality=JPEG_QUALITY)}),
-        "depth.png": _saved(millimetres, "PNG", compress_level=1),
-        "mask.png": _saved(Image.fromarray(measured), "PNG", compress_level=1),  # one bit a pixel
-    }
-
-
-def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def samples(folder: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
@@ -565,9 +543,8 @@ def samples(folder: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
 def _done(folder: Path, plan: Mapping[str, Any]) -> list[tuple[Scene, dict[str, Any]]]:
     """Every directory of the plan with its manifest. Raises `UserError` naming one that is not done."""
     found = []
-    for scene in _scenes(folder, plan).values():
-        manifest = scene.manifest()
-        if manifest is None:
+    for scene in _scenes(folder, plan, {}):
+        if (manifest := scene.manifest()) is None:
             raise UserError(f"{scene.path}: not done yet, or damaged; run `d3lib data nyu-raw` again")
         found.append((scene, manifest))
     return found
