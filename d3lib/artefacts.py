@@ -116,11 +116,13 @@ def digest_file(path: str | Path) -> str:
 
 def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over names, types, shapes and raw values, in name order: equal weights give equal digests."""
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(dtype=_torch().uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(dtype=torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -175,7 +177,7 @@ def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], metadata
     Raises `UserError` where the `safetensors` package is missing (a bare machine can train without it), and `OSError`
     where the file cannot be written.
     """
-    save_file = _safetensors("save_file")
+    save_file = _safetensors().torch.save_file
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     about = {**metadata, "digest": digest_tensors(tensors)}
     with atomic_path(path) as temporary:
@@ -193,7 +195,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
-    safe_open = _safetensors("safe_open")
+    safe_open = _safetensors().safe_open
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -210,16 +212,9 @@ def _seal(metadata: Mapping[str, str]) -> str:
     return digest_json({name: text for name, text in metadata.items() if name != "seal"})
 
 
-def _safetensors(function: str) -> Any:
+def _safetensors() -> Any:
     try:
-        import safetensors
         import safetensors.torch
     except ImportError as error:
         raise UserError("the safetensors package is needed for weights files: pip install safetensors") from error
-    return getattr(safetensors.torch, function, None) or getattr(safetensors, function)
-
-
-def _torch() -> Any:
-    import torch
-
-    return torch
+    return safetensors

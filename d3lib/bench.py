@@ -76,10 +76,10 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _rate(name: str, unit: str, count: int, work: Callable[[], Any], repeats: int = REPEATS) -> Row:
+def _rate(name: str, unit: str, count: float, work: Callable[[], Any]) -> Row:
     """`count` units of work a call: the median rate of several calls after one to warm up."""
     work()
-    return _row(name, unit, [count / _seconds(work) for _ in range(repeats)])
+    return _row(name, unit, [count / _seconds(work) for _ in range(REPEATS)])
 
 
 def _versus(name: str, baseline: Callable[[], Any], ours: Callable[[], Any], repeats: int = REPEATS) -> Row:
@@ -96,42 +96,31 @@ def _agree(name: str, ours: Any, baseline: Any, tolerance: float) -> None:
         raise RuntimeError(f"{name}: the two answers differ by {apart:.2g} of them, so their times do not compare")
 
 
-@functools.cache
-def _pictures(count: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Rooms as uint8 (N, 3, H, W) and their Kinect depth in metres (N, H, W), 0 where it saw nothing."""
+def _render(count: int, size: tuple[int, int]) -> list[dict[str, torch.Tensor]]:
     from d3lib.data import rooms
 
-    batches = list(rooms.stream(rooms.frames("train", scenes=count), size, batch_size=8))
-    rgb, depth, valid = (torch.cat([batch[key] for batch in batches]).numpy() for key in ("rgb", "depth", "valid"))
-    return rgb, np.where(valid, depth, 0)[:, 0]
+    return list(rooms.stream(rooms.frames("train", scenes=count), size, batch_size=8))
 
 
-def _as_batch(rgb: np.ndarray, depth: np.ndarray) -> dict[str, torch.Tensor]:
-    metres = torch.from_numpy(depth)[:, None]
-    return {"rgb": torch.from_numpy(rgb), "depth": metres, "valid": metres > 0}
+@functools.cache
+def _pictures(size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """32 rooms as one batch, their depth as a Kinect saw it."""
+    batches = _render(32, size)
+    return {key: torch.cat([batch[key] for batch in batches]) for key in ("rgb", "depth", "valid")}
 
 
 def _bench_start(device: str) -> Iterator[Row]:
     """What every call pays before it works: Python, imports, reading the command line."""
-    for code in ("-c pass", "-c import d3lib", "-m d3lib --help", "-c import torch"):
-        flag, text = code.split(" ", 1)
-        command = [sys.executable, flag, *([text] if flag == "-c" else text.split())]
-        run = partial(subprocess.run, command, capture_output=True, check=True)
+    for code in (["-c", "pass"], ["-c", "import d3lib"], ["-m", "d3lib", "--help"], ["-c", "import torch"]):
+        run = partial(subprocess.run, [sys.executable, *code], capture_output=True, check=True)
         run()
-        yield _row(f"python {code}", "s", [_seconds(run) for _ in range(REPEATS)])
+        yield _row(f"python {' '.join(code)}", "s", [_seconds(run) for _ in range(REPEATS)])
 
 
 def _bench_rooms(device: str) -> Iterator[Row]:
     """Frames of rooms rendered per second, Kinect view included, at two sizes."""
-    from d3lib.data import rooms
-
-    def render_all(frames: list[tuple[int, int]], size: tuple[int, int]) -> None:
-        for _ in rooms.stream(frames, size, batch_size=8):
-            pass
-
     for size, count in (((96, 128), 64), ((240, 320), 16)):
-        work = partial(render_all, rooms.frames("train", scenes=count), size)
-        yield _rate(f"rooms, {size[0]}x{size[1]}", "frames/s", count, work)
+        yield _rate(f"rooms, {size[0]}x{size[1]}", "frames/s", count, partial(_render, count, size))
 
 
 def _bench_loss(device: str) -> Iterator[Row]:
@@ -190,14 +179,14 @@ def _bench_train(device: str) -> Iterator[Row]:
 
     on_gpu, size = device.startswith("cuda"), (256, 320)
     steps, repeats, workers = (30, REPEATS, min(os.cpu_count() or 1, 8)) if on_gpu else (1, 3, 0)  # a step: seconds
-    rgb, depth = _pictures(32, size)
+    pictures = _pictures(size)
     with tempfile.TemporaryDirectory() as place:
-        naive.save_pictures(Path(place), rgb, depth)
-        write_store(Path(place) / "store", [_as_batch(rgb, depth)], source={"kind": "rooms"})
+        naive.save_pictures(Path(place), pictures)
+        write_store(Path(place) / "store", [pictures], source={"kind": "rooms"})
         store = open_store(Path(place) / "store", in_memory=True)
         plain_net = D3Net(seed=0).to(device)
-        files = naive.batches(naive.Pictures(Path(place), len(rgb)), 8, workers, device)
-        sample = _as_batch(rgb[:8], depth[:8])["rgb"].to(device) / 255
+        files = naive.batches(naive.Pictures(Path(place), 32), 8, workers, device)
+        sample = pictures["rgb"][:8].to(device) / 255
         with torch.no_grad():
             expected = plain_net.eval()(sample).float().cpu()
         baseline = partial(naive.train, plain_net, files, steps)
@@ -264,25 +253,26 @@ def _bench_data(device: str) -> Iterator[Row]:
     Filling on a room's Kinect view, and on the real reference frame where `D3LIB_TEST_DATA` names its folder.
     """
     from d3lib.data import rooms
+    from d3lib.data.inpaint import fill_depth
     from d3lib.data.loader import train_batches
     from d3lib.data.shards import open_store, write_store
 
     size, steps = (256, 320), 32
-    rgb, depth = _pictures(32, size)
+    pictures = _pictures(size)
 
     def draw(source: Iterator[Any]) -> None:
         for _ in range(steps):
             next(source)
 
     with tempfile.TemporaryDirectory() as place:
-        naive.save_pictures(Path(place), rgb, depth)
-        batches = [_as_batch(rgb, depth)] * 16  # 512 frames, 0.2 GB: more than the processor's caches hold
-        write_store(Path(place) / "store", batches, source={"kind": "rooms"})
+        naive.save_pictures(Path(place), pictures)
+        # 512 frames, 0.2 GB: more than the processor's caches hold
+        write_store(Path(place) / "store", [pictures] * 16, source={"kind": "rooms"})
         stores = {
             "memory": open_store(Path(place) / "store", in_memory=True),
             "disk": open_store(Path(place) / "store"),
         }
-        files = naive.batches(naive.Pictures(Path(place), len(rgb)), 8, 0, device)
+        files = naive.batches(naive.Pictures(Path(place), 32), 8, 0, device)
         for name, store in stores.items():
             source = train_batches(store, frames=None, batch_size=8, seed=0, device=device)
             yield _rate(f"loader from {name}, 8x256x320", "images/s", 8 * steps, partial(draw, source))
@@ -299,7 +289,13 @@ def _bench_data(device: str) -> Iterator[Row]:
             rgb, depth = (content[f"projected_{name}"][44:471, 40:601] for name in ("rgb", "depth"))
         frames["real"] = rgb.transpose(2, 0, 1), depth
     for name, frame in frames.items():
-        yield _fill_against_spsolve(f"fill_depth, {name} 427x561", *frame)
+        ours = partial(fill_depth, *frame)
+        filled = ours()  # first: without the packages of `raw` it says what is missing
+        from scipy.sparse.linalg import spsolve
+
+        baseline = partial(spsolve, *naive.fill_system(*frame))
+        _agree(f"fill_depth, {name}", filled.ravel(), baseline(), 1e-5)
+        yield _versus(f"fill_depth, {name} 427x561", baseline, ours)
     yield _raw_pipeline()
 
 
@@ -331,21 +327,6 @@ def _raw_pipeline(frames: int = 96) -> Row:
                 raise RuntimeError(f"{written} frames of {frames} were written")
 
         return _rate(f"raw pipeline, {os.cpu_count()} processes", "frames/s", frames, work)
-
-
-def _fill_against_spsolve(name: str, rgb: np.ndarray, depth: np.ndarray) -> Row:
-    """The two must agree to 0.1 mm."""
-    from d3lib.data.inpaint import fill_depth
-
-    ours = partial(fill_depth, rgb, depth)
-    filled = ours()  # first, to compile, and to say what is missing
-    from scipy.sparse.linalg import spsolve
-
-    baseline = partial(spsolve, *naive.fill_system(rgb, depth))
-    apart = float(np.abs(baseline() - filled.ravel()).max())
-    if not apart <= 1e-4:
-        raise RuntimeError(f"{name}: the two answers differ by {apart:.2g} m, so their times do not compare")
-    return _versus(name, baseline, ours)
 
 
 BENCHES: dict[str, Callable[[str], Iterator[Row]]] = {

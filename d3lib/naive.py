@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,10 +27,10 @@ def _log_difference(pred: Tensor, target: Tensor, m: Tensor) -> Tensor:
     return (torch.log(target.clamp(min=1e-3)) - torch.log(pred.clamp(min=1e-3))) * m
 
 
-def _eigen(pred: Tensor, target: Tensor, m: Tensor, lam: float = 0.5) -> Tensor:
+def _eigen(pred: Tensor, target: Tensor, m: Tensor) -> Tensor:
     d = _log_difference(pred, target, m)
     n = m.sum((1, 2, 3))
-    return ((d**2).sum((1, 2, 3)) / n - lam * d.sum((1, 2, 3)) ** 2 / n**2).mean()
+    return ((d**2).sum((1, 2, 3)) / n - 0.5 * d.sum((1, 2, 3)) ** 2 / n**2).mean()
 
 
 def _eigengrad(pred: Tensor, target: Tensor, m: Tensor) -> Tensor:
@@ -40,18 +42,11 @@ def _eigengrad(pred: Tensor, target: Tensor, m: Tensor) -> Tensor:
     return ((d**2).sum((1, 2, 3)) / n - 0.5 * d.sum((1, 2, 3)) ** 2 / n**2 + gradients).mean()
 
 
-def _berhu(pred: Tensor, target: Tensor, m: Tensor) -> Tensor:
+def _berhu(pred: Tensor, target: Tensor, m: Tensor, huber: bool = False) -> Tensor:
     error = (pred - target).abs() * m
     c = 0.2 * error.max().detach()
-    near = (error <= c).float()
-    return ((error * near + (error**2 + c**2) / (2 * c) * (1 - near)) * m).sum() / m.sum()
-
-
-def _huber(pred: Tensor, target: Tensor, m: Tensor) -> Tensor:
-    error = (pred - target).abs() * m
-    c = 0.2 * error.max().detach()
-    far = (error >= c).float()
-    return ((error * far + (error**2 + c**2) / (2 * c) * (1 - far)) * m).sum() / m.sum()
+    linear = (error >= c if huber else error <= c).float()
+    return ((error * linear + (error**2 + c**2) / (2 * c) * (1 - linear)) * m).sum() / m.sum()
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -60,7 +55,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "eigen": _eigen,
     "eigengrad": _eigengrad,
     "berhu": _berhu,
-    "huber": _huber,
+    "huber": functools.partial(_berhu, huber=True),
 }
 
 
@@ -97,8 +92,6 @@ class Pictures(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        from PIL import Image
-
         from d3lib._torchvision import import_torchvision
 
         functional = import_torchvision().transforms.functional
@@ -110,13 +103,11 @@ class Pictures(Dataset):
         return {"rgb": picture, "depth": metres}
 
 
-def save_pictures(folder: Path, rgb: np.ndarray, depth: np.ndarray) -> None:
-    """Write what `Pictures` reads: uint8 (N, 3, H, W) and metres (N, H, W), 0 where nothing was measured."""
-    from PIL import Image
-
-    for index, (picture, metres) in enumerate(zip(rgb, depth, strict=True)):
-        Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{index}.jpg", quality=95)
-        Image.fromarray(np.round(metres * 1000).astype(np.uint16)).save(folder / f"{index}.png")
+def save_pictures(folder: Path, batch: dict[str, Tensor]) -> None:
+    """Write the pictures and depths of a batch (see `d3lib.data`) as what `Pictures` reads."""
+    for index, (rgb, depth) in enumerate(zip(batch["rgb"].numpy(), batch["depth"].numpy(), strict=True)):
+        Image.fromarray(rgb.transpose(1, 2, 0)).save(folder / f"{index}.jpg", quality=95)
+        Image.fromarray(np.round(depth[0] * 1000).astype(np.uint16)).save(folder / f"{index}.png")
 
 
 def batches(data: Pictures, batch_size: int, workers: int, device: str = "cpu") -> Iterator[dict[str, Tensor]]:

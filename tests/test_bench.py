@@ -39,7 +39,7 @@ def test_pictures_on_disk_are_read_back_as_they_were(tmp_path):
     rng = np.random.default_rng(2)
     rgb = np.repeat(rng.integers(40, 216, (2, 3, 4, 5), dtype=np.uint8), 8, 2).repeat(8, 3)  # flat blocks: JPEG is near
     depth = rng.uniform(0, 9, (2, 32, 40)).round(3)
-    naive.save_pictures(tmp_path, rgb, depth)
+    naive.save_pictures(tmp_path, {"rgb": torch.from_numpy(rgb), "depth": torch.from_numpy(depth)[:, None]})
     seen = naive.Pictures(tmp_path, 2)[1]
     straight = min((seen["depth"][0], seen["depth"][0].flip(-1)), key=lambda x: (x - depth[1]).abs().max())
     np.testing.assert_allclose(straight, depth[1], atol=1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import os
 import shutil
@@ -59,7 +58,7 @@ def fetch(
     tell = progress or (lambda text: None)
     with locked(path.with_name(f".{path.name}.lock"), wait=False):
         if path.exists():
-            if path.is_file() and path.stat().st_size == size and _md5(path) == md5:
+            if path.is_file() and _is_right(path, size, md5):
                 return path
             raise UserError(f"{path}: is there, but not the file of {size} bytes and MD5 {md5}; move it away")
         if _length(part) >= size and not _is_right(part, size, md5):
@@ -85,13 +84,8 @@ def _length(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
-
-
 def _is_right(path: Path, size: int, md5: str) -> bool:
-    return _length(path) == size and _md5(path) == md5
+    return _length(path) == size and nyu.md5_of(path) == md5
 
 
 def _try_source(url: str, part: Path, size: int, tell: Progress) -> str | None:
@@ -173,15 +167,10 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _opener() -> urllib.request.OpenerDirector:
     """Opens http and https alone, redirects included: urllib's own would also follow one to ftp, and open files."""
-    opener = urllib.request.OpenerDirector()
+    request, opener = urllib.request, urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.UnknownHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
+        request.ProxyHandler, request.UnknownHandler, request.HTTPHandler, request.HTTPSHandler,
+        request.HTTPRedirectHandler, request.HTTPDefaultErrorHandler, request.HTTPErrorProcessor,
+    ):  # fmt: skip
+        opener.add_handler(handler())
     return opener

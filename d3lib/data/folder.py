@@ -124,11 +124,12 @@ class FolderRGBD(torch.utils.data.Dataset):
     @property
     def source(self) -> dict[str, Any]:
         """What made these samples, for a store or a record (plain JSON)."""
+        stats = [(path, path.stat()) for pair in self.pairs for path in pair]  # tell of a change, unread
         return {
             "kind": "folder", "name": self.root.resolve().name, "split": self.split, "pairs": len(self),
             "paired_by": self.paired_by, "tolerance": self.tolerance, "strays": len(self.strays),
             "size": self.size and list(self.size), "depth_scale": self.depth_scale, "max_depth": self.max_depth,
-            "files": artefacts.digest_json([_stamp(path) for pair in self.pairs for path in pair]),
+            "files": artefacts.digest_json([[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats]),
         }  # fmt: skip
 
     def _list(self, kind: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
@@ -200,12 +201,6 @@ def _cuts(times: list[float | None], folds: int) -> list[int]:
         pauses = {i: b - a for i in near if (a := times[i - 1]) is not None and (b := times[i]) is not None}
         cuts.append(max(pauses, key=pauses.__getitem__) if pauses else middle)
     return cuts
-
-
-def _stamp(path: Path) -> list[Any]:
-    """What tells that a file has changed, without reading it."""
-    about = path.stat()
-    return [path.name, about.st_size, about.st_mtime_ns]
 
 
 def time_of(stem: str) -> float | None:

@@ -104,6 +104,12 @@ def check_splits(path: str | Path) -> None:
         raise UserError(f"{path}: not the official split of 795 and 654 frames; leave --splits out")
 
 
+def md5_of(path: Path) -> str:
+    """A file's MD5 (hexadecimal), by which NYU's is known."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
 class LabelledSet:
     """The frames of `nyu_depth_v2_labeled.mat`, read when asked for; keeps the file open, to its end in a `with`.
 
@@ -268,9 +274,7 @@ def prepare_labelled(
         if len(frames) != FRAMES:
             raise UserError(f"{path}: {len(frames)} frames, not the {FRAMES} of the official split; {_ADVICE}")
     _warn_of_scenes(frames, split)
-    with frames.path.open("rb") as file:
-        md5 = hashlib.file_digest(file, "md5").hexdigest()
-    if md5 != MD5:
+    if (md5 := md5_of(frames.path)) != MD5:
         _log.warning("%s: not the file that NYU publishes (MD5 %s, not %s); its frames are taken as they are",
                      path, md5, MD5)  # fmt: skip
     stores = []
