@@ -9,12 +9,13 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from d3lib import __version__
 from d3lib.artefacts import locked
 from d3lib.data import nyu
+from d3lib.data.prepare import Progress
 from d3lib.errors import UserError
 
 LABELLED_URLS = (
@@ -28,8 +29,6 @@ GAIN, PAUSE = 1_000_000, 1.0  # a source is asked again while each request bring
 REPORT_EVERY = 5.0  # seconds
 DISK_RESERVE = 1 << 25  # bytes left free
 _PIECE = 1 << 18  # bytes
-
-Progress = Callable[[str], None]
 
 
 def fetch_labelled(folder: str | Path, progress: Progress | None = None) -> Path:

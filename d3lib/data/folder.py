@@ -225,10 +225,9 @@ def pair_by_time(
     Returns (rgb name → depth name, rgb name → seconds apart).
     """
     forth, back = _nearest(rgb, depth), _nearest(depth, rgb)
-    pairs = {name: partner for name, partner in forth.items() if back[partner] == name}
-    distances = {name: abs(rgb[name] - depth[partner]) for name, partner in pairs.items()}
-    near = {name: distance for name, distance in distances.items() if distance <= tolerance}
-    return {name: pairs[name] for name in near}, near
+    apart = {name: abs(rgb[name] - depth[partner]) for name, partner in forth.items() if back[partner] == name}
+    apart = {name: seconds for name, seconds in apart.items() if seconds <= tolerance}
+    return {name: forth[name] for name in apart}, apart
 
 
 def _nearest(names: Mapping[str, float], others: Mapping[str, float]) -> dict[str, str]:

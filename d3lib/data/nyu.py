@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,7 @@ def prepare_labelled(
     size: tuple[int, int] = (256, 320),
     target: str = "filled",
     splits: str | Path | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: prepare.Progress | None = None,
     *,
     split: Mapping[str, np.ndarray] | None = None,
 ) -> list[shards.Store]:
@@ -298,9 +298,9 @@ def prepare_labelled(
 def _warn_of_scenes(frames: LabelledSet, split: Mapping[str, np.ndarray]) -> None:
     """Log a line if the file's scenes are not those of the raw set's split: a sign of frames in another order."""
     scenes = {part: {scene_of(frames.scenes[index]) for index in indices} for part, indices in split.items()}
-    if strange := scenes["train"] - training_scenes():
-        _log.warning("%s: %d scenes of training frames are not among the 249 training scenes (%s)",
-                     frames.path, len(strange), ", ".join(sorted(strange)[:3]))  # fmt: skip
-    if shared := scenes["test"] & training_scenes():
-        _log.warning("%s: %d scenes of test frames are training scenes (%s)",
-                     frames.path, len(shared), ", ".join(sorted(shared)[:3]))  # fmt: skip
+    for odd, what in (
+        (scenes["train"] - training_scenes(), "training frames are not among the 249 training scenes"),
+        (scenes["test"] & training_scenes(), "test frames are training scenes"),
+    ):
+        if odd:
+            _log.warning("%s: %d scenes of %s (%s)", frames.path, len(odd), what, ", ".join(sorted(odd)[:3]))
