@@ -30,17 +30,27 @@ experiments.BUDGETS = {{**experiments.BUDGETS, "drill": row}}
 """
 
 
+MEASURED = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(done.returncode)
+"""
+
+
 def command(*arguments, path=(ROOT,), **environment):
-    """Run a command of the library; returns what it printed, its seconds, and its peak memory in MB."""
+    """Run a command of the library; returns what it printed, its seconds, and the peak memory of a process in MB.
+
+    A small process starts it and asks for the peak: a child of this one would begin with this one's.
+    """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"} | environment
+    whole = [sys.executable, "-c", MEASURED, sys.executable, *map(str, arguments)]
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)], env=environment, cwd=path[0], stdout=subprocess.PIPE, text=True
-    )
-    printed = process.stdout.read()
-    _, status, used = os.wait4(process.pid, 0)  # of the largest of it and the processes it waited for
-    assert status == 0, printed[-2000:]
-    return printed, time.perf_counter() - started, used.ru_maxrss / 1000
+    done = subprocess.run(whole, env=environment, cwd=path[0], stdout=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, done.stdout[-2000:]
+    *printed, peak = done.stdout.splitlines()
+    return "\n".join(printed), seconds, int(peak) / 1000
 
 
 def flat(drill, what, few, many, peak):
