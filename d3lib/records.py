@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from d3lib.provenance import TRAINING_CODE, code_digest
 
 RECORD, RECORD_VERSION = "d3lib-record", 1
 STATE = "d3lib-state"
+RERUN, RERUN_ENOUGH = "d3lib-rerun", 10
 BOOK = PROJECT / "book" / "records"  # what comes with the book
 
 
@@ -109,8 +112,47 @@ class State:
 
 
 def is_current(record: Mapping[str, Any]) -> bool:
-    """Whether the training code that made a record is the code that is here now."""
-    return record["provenance"]["code_digest"] == code_digest(*TRAINING_CODE)
+    """Whether a record is what today's training code would make.
+
+    That is so if the code is the same but for layout and comments, or if records of the code that made it were drawn at
+    random, at least RERUN_ENOUGH of them, and today's code made of each the same weights to the last bit.
+    """
+    made, now = record["provenance"]["code_digest"], code_digest(*TRAINING_CODE)
+    return made == now or made in _same_bits(BOOK / "rerun.json", now)
+
+
+@functools.cache
+def _same_bits(path: Path, now: str) -> frozenset[str]:
+    """The digests of older training code whose records were run again by `now`, enough of them, to the same bits."""
+    kept = read_rerun(path)
+    if kept is None or kept["provenance"]["code_digest"] != now:
+        return frozenset()
+    codes = Counter(outcome["code"] for outcome in kept["outcomes"])
+    differs = {outcome["code"] for outcome in kept["outcomes"] if not outcome["same_weights"]}
+    return frozenset(code for code, count in codes.items() if count >= RERUN_ENOUGH and code not in differs)
+
+
+def rerun_outcome(record: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record's run gave when it was done again: test RMSE in metres, weights and data compared by digest."""
+    then_rms, now_rms = (r["metrics"]["chosen"]["test"][r["data"]["target"]]["pooled"]["rms"] for r in (record, now))
+    return {
+        "key": record["key"],
+        "code": record["provenance"]["code_digest"],
+        "rms_then": then_rms,
+        "rms_now": now_rms,
+        "same_weights": record["weights_digest"] == now["weights_digest"],
+        "same_data": record["data"]["digest"] == now["data"]["digest"],
+    }
+
+
+def write_rerun(path: Path, outcomes: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> None:
+    """Keep the outcomes of a re-run beside the code and machine that it ran on."""
+    write_json(path, {"outcomes": list(outcomes), "provenance": provenance}, format=RERUN)
+
+
+def read_rerun(path: Path = BOOK / "rerun.json") -> dict[str, Any] | None:
+    """The last re-run that came with the book, `None` if there is none. Raises `UserError` if it is damaged."""
+    return read_json(path, format=RERUN) if path.is_file() else None
 
 
 def _alive(pid: int) -> bool:

@@ -298,10 +298,10 @@ def _load_checkpoint(
             if archive.testzip() or any(member.compress_type for member in archive.infolist()):
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = (state["version"], state["identity"])
+        own = (state["version"], state["identity"]) == (CHECKPOINT_VERSION, identity)  # here: they may be of any type
     except Exception as error:  # a damaged archive raises many kinds
         raise UserError(f"{path}: not a readable checkpoint; delete it to start this run afresh") from error
-    if found != (CHECKPOINT_VERSION, identity):
+    if not own:
         raise UserError(f"{path}: belongs to another run or other training code; delete it to start afresh")
     try:
         net.load_state_dict(state["net"])

@@ -5,11 +5,20 @@ import json
 
 import pytest
 
-from d3lib import results
+from d3lib import records, results
 from d3lib.artefacts import write_json
 from d3lib.errors import UserError
 from d3lib.experiments import all_runs
-from d3lib.records import RECORD, RECORD_VERSION, committed_records, keep_records
+from d3lib.provenance import TRAINING_CODE, code_digest
+from d3lib.records import (
+    RECORD,
+    RECORD_VERSION,
+    committed_records,
+    is_current,
+    keep_records,
+    rerun_outcome,
+    write_rerun,
+)
 
 
 def content(key="l1-a", budget="study", rms=0.1234567891, **more):
@@ -62,3 +71,39 @@ def test_a_page_shows_the_records_of_this_copy_before_those_of_the_book(tmp_path
     found = results.load_records("study", tmp_path)
     assert [found[key] for key in keys] == [mine, book[1]]
     assert set(list(found.values())[2:]) == {None}
+
+
+def trained(key, code, weights="w", rms=1.0):
+    scores = {"chosen": {"test": {"exact": {"pooled": {"rms": rms}}}}}
+    data = {"target": "exact", "digest": "d"}
+    return {
+        "key": key, "metrics": scores, "data": data, "weights_digest": weights, "provenance": {"code_digest": code},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("count", "different", "code_then", "expected"),
+    [
+        (10, 0, None, True),
+        (9, 0, None, False),
+        (10, 1, None, False),
+        (12, 1, None, False),
+        (10, 0, "yet another", False),
+    ],
+)
+def test_older_code_counts_as_todays_once_enough_of_its_runs_gave_the_same_bits(
+    tmp_path, monkeypatch, count, different, code_then, expected
+):
+    monkeypatch.setattr(records, "BOOK", tmp_path)
+    now, old = code_digest(*TRAINING_CODE), trained("a", "old")
+    assert is_current(trained("b", now)) and not is_current(old)
+    records._same_bits.cache_clear()
+    outcomes = [
+        rerun_outcome(trained(str(i), "old"), trained(str(i), now, "v" if i < different else "w", rms=1.5))
+        for i in range(count)
+    ]
+    assert (outcomes[0]["rms_then"], outcomes[0]["rms_now"], outcomes[0]["same_data"]) == (1.0, 1.5, True)
+    write_rerun(tmp_path / "rerun.json", outcomes, {"code_digest": code_then or now})
+    assert is_current(old) is expected
+    assert not is_current(trained("c", "a third"))
+    records._same_bits.cache_clear()

@@ -127,6 +127,16 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         fit(D3Net("tiny", seed=0), build_loss("l1"), stream, steps=2, checkpoint=path, identity="b")
 
 
+@pytest.mark.parametrize("name", ["version", "identity", "step", "trace"])
+@pytest.mark.parametrize("value", [torch.ones(3), None, "x", [1]], ids=["tensor", "none", "text", "list"])
+def test_a_checkpoint_whose_fields_are_of_other_kinds_is_refused_in_one_line(tmp_path, name, value):
+    path = tmp_path / "checkpoint.pt"
+    fit(D3Net("tiny", seed=0), build_loss("l1"), stream, steps=1, checkpoint=path, identity="a")
+    torch.save(torch.load(path, weights_only=True) | {name: value}, path)
+    with pytest.raises(UserError, match="delete it to start"):
+        fit(D3Net("tiny", seed=0), build_loss("l1"), stream, steps=2, checkpoint=path, identity="a")
+
+
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"not a checkpoint")
