@@ -404,6 +404,8 @@ def all_runs(
     """
     items = manifest(budget, data, pictures)
     chosen = items.values() if only in (None, *OVERVIEWS) else [i for i in items.values() if only in (i.name, i.page)]
+    if only in ("transfer", "real") and not pictures:
+        raise UserError(f"{only!r} is about real pictures; name a folder of their folds with --pictures")
     if not chosen:
         names = dict.fromkeys([*items, *FIGURE_PAGES])
         raise UserError(f"there is no figure or table {only!r}; choose one of {', '.join(names)}")

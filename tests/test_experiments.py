@@ -171,3 +171,6 @@ def test_an_unknown_budget_or_item_is_refused():
         make_run("huge")
     with pytest.raises(UserError, match="no figure or table 'fig9'"):
         all_runs("smoke", "fig9")
+    for name in ("transfer", "real"):
+        with pytest.raises(UserError, match=f"'{name}' is about real pictures; .*--pictures"):
+            all_runs("smoke", name)
