@@ -43,10 +43,10 @@ test: setup lint ## check style and run every test (about as many at once as the
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 drill: setup ## kill, fill, flip and forge: what a run survives, as a table (LONG=1: thousands of trials, some minutes; RECORD=file.json)
-	OMP_NUM_THREADS=1 D3LIB_LONG=$(LONG) D3LIB_DRILLS=$(RECORD) $(BIN)/python -m pytest -n $(JOBS) -m "drill or not drill" tests/drills
+	OMP_NUM_THREADS=1 D3LIB_LONG="$(LONG)" D3LIB_DRILLS="$(RECORD)" $(BIN)/python -m pytest -n $(JOBS) -m "drill or not drill" tests/drills
 
 rerun: setup ## train ten of the book's records again, drawn at random, and compare (half an hour; RECORD=file.json)
-	OMP_NUM_THREADS=1 D3LIB_RERUN_RECORD=$(RECORD) $(BIN)/python -m pytest -s -m study tests/drills/test_study.py
+	OMP_NUM_THREADS=1 D3LIB_RERUN_RECORD="$(RECORD)" $(BIN)/python -m pytest -s -m study tests/drills/test_study.py
 
 notebooks: setup ## run every Colab notebook in an environment like Colab's, which it builds (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m colab tests/test_colab.py
@@ -55,7 +55,7 @@ links: setup ## ask every address that the book cites whether it still answers (
 	@$(BIN)/jupyter-book build book --config _config.yml --path-output _build/links --builder linkcheck -q
 
 audit: ## ask the advisory databases about every pinned package (needs the internet)
-	@$(PYTHON) -m venv _build/audit && _build/audit/bin/python -m pip install --quiet pip-audit
+	@$(PYTHON) -m venv _build/audit && _build/audit/bin/python -m pip install --quiet pip-audit==2.10.1
 	@_build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 lint: setup ## check style with ruff

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import platform
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,30 +106,44 @@ class State:
         if not path.is_file():
             return "not run", ""
         try:
-            return ("done", "") if is_current(read_record(path)) else ("older", "made by other training code")
+            return ("done", "") if same_code(read_record(path)) else ("older", "made by other training code")
         except UserError as error:
             return "failed", str(error)
 
 
-def is_current(record: Mapping[str, Any]) -> bool:
-    """Whether a record is what today's training code would make.
+def same_code(record: Mapping[str, Any]) -> bool:
+    """Whether the training code that made a record is the code that is here now, but for layout and comments."""
+    return record["provenance"]["code_digest"] == code_digest(*TRAINING_CODE)
 
-    That is so if the code is the same but for layout and comments, or if records of the code that made it were drawn at
-    random, at least RERUN_ENOUGH of them, and today's code made of each the same weights to the last bit.
+
+def is_current(record: Mapping[str, Any]) -> bool:
+    """Whether a record is what today's training code would make: of the same code, or vouched for by a re-run.
+
+    For that, today's code must have made the same of at least RERUN_ENOUGH records, drawn at random, of the same
+    population: older code, budget, encoder, data and device.
     """
-    made, now = record["provenance"]["code_digest"], code_digest(*TRAINING_CODE)
-    return made == now or made in _same_bits(BOOK / "rerun.json", now)
+    return same_code(record) or _population(record) in _vouched(BOOK, code_digest(*TRAINING_CODE))
+
+
+def _population(record: Mapping[str, Any]) -> tuple[str, ...]:
+    run, made = record["run"], record["provenance"]
+    return (made["code_digest"], *(str(run.get(n)) for n in ("budget", "encoder", "data")), str(made.get("device")))
 
 
 @functools.cache
-def _same_bits(path: Path, now: str) -> frozenset[str]:
-    """The digests of older training code whose records were run again by `now`, enough of them, to the same bits."""
-    kept = read_rerun(path)
+def _vouched(folder: Path, now: str) -> frozenset[tuple[str, ...]]:
+    """The populations of which enough of the book's records were run again by code `now`, to the same end."""
+    kept = read_rerun(folder / "rerun.json")
     if kept is None or kept["provenance"]["code_digest"] != now:
         return frozenset()
-    codes = Counter(outcome["code"] for outcome in kept["outcomes"])
-    differs = {outcome["code"] for outcome in kept["outcomes"] if not outcome["same_weights"]}
-    return frozenset(code for code, count in codes.items() if count >= RERUN_ENOUGH and code not in differs)
+    book = {record["key"]: record for record in committed_records(folder)}
+    found: dict[tuple[str, ...], dict[str, bool]] = {}
+    for outcome in kept["outcomes"]:
+        if outcome["key"] in book:
+            same = math.isclose(outcome["rms_then"], outcome["rms_now"], rel_tol=1e-5)  # the book keeps six digits
+            same = same and outcome["same_weights"] and outcome["same_data"]
+            found.setdefault(_population(book[outcome["key"]]), {})[outcome["key"]] = same
+    return frozenset(p for p, same in found.items() if len(same) >= RERUN_ENOUGH and all(same.values()))
 
 
 def rerun_outcome(record: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +151,6 @@ def rerun_outcome(record: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
     then_rms, now_rms = (r["metrics"]["chosen"]["test"][r["data"]["target"]]["pooled"]["rms"] for r in (record, now))
     return {
         "key": record["key"],
-        "code": record["provenance"]["code_digest"],
         "rms_then": then_rms,
         "rms_now": now_rms,
         "same_weights": record["weights_digest"] == now["weights_digest"],
@@ -151,8 +164,21 @@ def write_rerun(path: Path, outcomes: Sequence[Mapping[str, Any]], provenance: M
 
 
 def read_rerun(path: Path = BOOK / "rerun.json") -> dict[str, Any] | None:
-    """The last re-run that came with the book, `None` if there is none. Raises `UserError` if it is damaged."""
-    return read_json(path, format=RERUN) if path.is_file() else None
+    """The last re-run that came with the book, `None` if there is none. Raises `UserError` if it is damaged or odd."""
+    if not path.is_file():
+        return None
+    kept = read_json(path, format=RERUN)
+    try:
+        kinds = [(kept["provenance"]["code_digest"], str)]
+        for outcome in kept["outcomes"]:
+            kinds += [(outcome["key"], str), *((outcome[name], float) for name in ("rms_then", "rms_now"))]
+            kinds += [(outcome[name], bool) for name in ("same_weights", "same_data")]
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: lacks {error}; delete it, or make it again by `make rerun RECORD={path}`") from error
+    for value, kind in kinds:
+        if type(value) is not kind:
+            raise UserError(f"{path}: {value!r} should be a {kind.__name__}; delete it, or make it again")
+    return kept
 
 
 def _alive(pid: int) -> bool:

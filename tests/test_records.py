@@ -16,7 +16,9 @@ from d3lib.records import (
     committed_records,
     is_current,
     keep_records,
+    read_rerun,
     rerun_outcome,
+    same_code,
     write_rerun,
 )
 
@@ -73,37 +75,70 @@ def test_a_page_shows_the_records_of_this_copy_before_those_of_the_book(tmp_path
     assert set(list(found.values())[2:]) == {None}
 
 
-def trained(key, code, weights="w", rms=1.0):
+def trained(key, code, weights="w", rms=1.0, **run):
     scores = {"chosen": {"test": {"exact": {"pooled": {"rms": rms}}}}}
-    data = {"target": "exact", "digest": "d"}
     return {
-        "key": key, "metrics": scores, "data": data, "weights_digest": weights, "provenance": {"code_digest": code},
+        "key": key, "run": {"budget": "laptop", "encoder": "tiny", "data": "rooms"} | run, "metrics": scores,
+        "data": {"target": "exact", "digest": "d"}, "weights_digest": weights,
+        "provenance": {"code_digest": code, "device": "some"},
     }  # fmt: skip
 
 
+def rerun(folder, records_then, **now):
+    """The records, kept in a book, and the outcome of running them again."""
+    keep_records(records_then, folder / "laptop.jsonl")
+    today = code_digest(*TRAINING_CODE)
+    outcomes = [rerun_outcome(then, trained(then["key"], today) | now.get(then["key"], {})) for then in records_then]
+    write_rerun(folder / "rerun.json", outcomes, {"code_digest": now.get("code", today)})
+    records._vouched.cache_clear()
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "BOOK", tmp_path)
+    records._vouched.cache_clear()
+    yield tmp_path
+    records._vouched.cache_clear()
+
+
+TEN = [trained(str(i), "old") for i in range(10)]
+
+
 @pytest.mark.parametrize(
-    ("count", "different", "code_then", "expected"),
+    ("then", "now", "expected"),
     [
-        (10, 0, None, True),
-        (9, 0, None, False),
-        (10, 1, None, False),
-        (12, 1, None, False),
-        (10, 0, "yet another", False),
+        (TEN, {}, True),
+        (TEN[:9], {}, False),
+        (TEN[:9] + TEN[:1], {}, False),  # one of them twice
+        (TEN, {"3": {"weights_digest": "v"}}, False),
+        (TEN, {"3": {"data": {"target": "exact", "digest": "e"}}}, False),
+        (TEN, {"3": trained("3", "x", rms=1.0001)}, False),
+        (TEN, {"code": "yet another"}, False),
     ],
 )
-def test_older_code_counts_as_todays_once_enough_of_its_runs_gave_the_same_bits(
-    tmp_path, monkeypatch, count, different, code_then, expected
-):
-    monkeypatch.setattr(records, "BOOK", tmp_path)
-    now, old = code_digest(*TRAINING_CODE), trained("a", "old")
-    assert is_current(trained("b", now)) and not is_current(old)
-    records._same_bits.cache_clear()
-    outcomes = [
-        rerun_outcome(trained(str(i), "old"), trained(str(i), now, "v" if i < different else "w", rms=1.5))
-        for i in range(count)
-    ]
-    assert (outcomes[0]["rms_then"], outcomes[0]["rms_now"], outcomes[0]["same_data"]) == (1.0, 1.5, True)
-    write_rerun(tmp_path / "rerun.json", outcomes, {"code_digest": code_then or now})
-    assert is_current(old) is expected
-    assert not is_current(trained("c", "a third"))
-    records._same_bits.cache_clear()
+def test_older_code_counts_as_todays_once_enough_of_its_runs_gave_the_same(book, then, now, expected):
+    assert is_current(trained("b", code_digest(*TRAINING_CODE))) and not is_current(trained("a", "old"))
+    rerun(book, then, **now)
+    assert is_current(trained("a", "old")) is expected
+    assert not same_code(trained("a", "old"))  # a run of one's own is done again all the same
+
+
+@pytest.mark.parametrize("other", [{"budget": "study"}, {"encoder": "densenet121"}, {"data": "nyu"}])
+def test_a_rerun_vouches_for_no_other_budget_encoder_data_or_code(book, other):
+    rerun(book, TEN)
+    assert not is_current(trained("a", "old", **other)) and not is_current(trained("a", "a third"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, [], None, {"outcomes": 3, "provenance": {"code_digest": "x"}}, {"outcomes": [{}], "provenance": {}},
+     {"outcomes": [{"key": 1, "rms_then": 1.0, "rms_now": 1.0, "same_weights": True, "same_data": True}],
+      "provenance": {"code_digest": "x"}},
+     {"outcomes": [{"key": "a", "rms_then": 1.0, "rms_now": 1.0, "same_weights": "false", "same_data": True}],
+      "provenance": {"code_digest": "x"}}],
+)  # fmt: skip
+def test_an_odd_rerun_is_one_line(tmp_path, content):
+    write_json(tmp_path / "rerun.json", content, format="d3lib-rerun")
+    with pytest.raises(UserError, match=r"rerun\.json: ") as caught:
+        read_rerun(tmp_path / "rerun.json")
+    assert "\n" not in str(caught.value)

@@ -285,7 +285,8 @@ def prepare_labelled(
     ):
         source = {
             "kind": "nyu-labeled", "part": part, "target": depth, "size": [height, width], "md5": md5,
-            "frames": artefacts.digest_json(split[part].tolist()), "code": code_digest("d3lib.data.nyu"),
+            "frames": artefacts.digest_json(split[part].tolist()),
+            "code": code_digest("d3lib.data.nyu", "d3lib.data.loader"),
         }  # fmt: skip
         folder = data_root / f"nyu-{part}{'-raw' if depth == 'raw' else ''}-{height}x{width}"
         indices = split[part].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import math
@@ -45,8 +46,9 @@ def open_or_make(
     `batches` hold the frames that `names` names; nothing is asked of them if the store is there. Raises `UserError` as
     they and `shards` do, and where a process that makes them was killed.
     """
-    if found := shards.open_if_from(folder, source):
-        return found
+    with contextlib.suppress(UserError):  # another process may just be putting it there: under the lock one sees
+        if found := shards.open_if_from(folder, source):
+            return found
     with locked(folder.with_name(f".{folder.name}.lock")):
         for rest in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):  # a killed process had begun it
             shutil.rmtree(rest, ignore_errors=True)

@@ -587,7 +587,7 @@ def make_store(folder: Path, target: Path, size: tuple[int, int], progress: Prog
         "directories": f"{plan['present']} of {len(nyu.training_directories())}",
         "recipe": plan["recipe"],
         "size": list(size),
-        "code": code_digest("d3lib.data.raw"),
+        "code": code_digest("d3lib.data.raw", "d3lib.data.loader", "d3lib.data.shards"),
         "scenes": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},  # tell of a change, unread
     }
     names = [f"{scene.name}/{row['frame']}" for scene, manifest in done for row in manifest["frames"]]

@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from test_kill import CONTEXT
 from d3lib.artefacts import data_folder
 from d3lib.experiments import make_run
 from d3lib.provenance import TRAINING_CODE, collect
-from d3lib.records import committed_records, rerun_outcome, write_rerun
+from d3lib.records import RERUN_ENOUGH, committed_records, rerun_outcome, write_rerun
 
 ELSEWHERE = 0.10  # on another kind of machine a run's rounding differs, and so does its course: as another seed's would
 
@@ -31,8 +32,17 @@ def again(record, out):
 def test_records_of_the_book_drawn_at_random_run_again_to_the_same_numbers(tmp_path):
     made = [record for record in committed_records() if record["run"]["data"] == "rooms"]  # data that anyone can make
     records = [record for record in made if not record["run"]["init"]]
-    drawn = random.sample(records, min(len(records), int(os.environ.get("D3LIB_RERUN", "10"))))
-    assert drawn, "the book has no records"
+    count, kept = int(os.environ.get("D3LIB_RERUN", RERUN_ENOUGH)), os.environ.get("D3LIB_RERUN_RECORD")
+    assert records, "the book has no records"
+    if kept:  # before half an hour of work
+        assert count >= RERUN_ENOUGH, f"{kept}: a record of a re-run needs {RERUN_ENOUGH} runs"
+        assert os.access(Path(kept).parent, os.W_OK), f"{kept}: cannot be written"
+    random.shuffle(records)
+    drawn, turn = [], Counter()
+    for record in records:  # every loss once, then every loss twice
+        turn[record["run"]["loss"]] += 1
+        drawn.append((turn[record["run"]["loss"]], record))
+    drawn = [record for _, record in sorted(drawn, key=lambda pair: pair[0])][:count]
     at_once = os.cpu_count() // max(record["provenance"]["threads"] for record in drawn)
     with concurrent.futures.ProcessPoolExecutor(max(1, at_once), CONTEXT) as pool:
         outcomes = []
@@ -40,7 +50,7 @@ def test_records_of_the_book_drawn_at_random_run_again_to_the_same_numbers(tmp_p
             outcomes.append(rerun_outcome(record, now))
             print(outcomes[-1], flush=True)
     here = collect(*TRAINING_CODE)
-    if kept := os.environ.get("D3LIB_RERUN_RECORD"):
+    if kept:
         write_rerun(Path(kept), outcomes, here)
     for record, outcome in zip(drawn, outcomes, strict=True):
         made = record["provenance"]
