@@ -1,5 +1,6 @@
 """Notebooks with checked parameters, and the batch that runs them."""
 
+import dataclasses
 import json
 
 import jupytext
@@ -154,10 +155,10 @@ def test_runs_without_the_engine_stop_in_time_and_go_on(tmp_path, capfd):
 
 
 def test_a_study_goes_on_from_the_records_of_the_book(tmp_path, monkeypatch, capsys):
-    keys = list(all_runs("drill", "fig2"))
-    made = {"code_digest": code_digest(*TRAINING_CODE)}
-    book = [{"key": key, "provenance": made} for key in keys[2:]]
-    book[-1] = {"key": keys[-1], "provenance": {"code_digest": "older"}}
+    runs = {key: dataclasses.asdict(run) for key, run in all_runs("drill", "fig2").items()}
+    keys, made = list(runs), {"code_digest": code_digest(*TRAINING_CODE)}
+    book = [{"key": key, "run": runs[key], "provenance": made} for key in keys[2:]]
+    book[-1] = book[-1] | {"provenance": {"code_digest": "older"}}
     monkeypatch.setattr("d3lib.batch.committed_records", lambda: book)
     for go_on, count in ((True, 3), (False, len(keys))):
         assert work_through("drill", out=tmp_path, only="fig2", minutes=1e-6, device="cpu", go_on=go_on) == 0
