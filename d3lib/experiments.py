@@ -435,7 +435,7 @@ def pages_of(
 def find_run(key: str, pictures: str | None = None) -> Run:
     """The run of any budget's manifest with this key. Raises `UserError` if there is none."""
     for budget, row in BUDGETS.items():
-        for data in {row.data, "rooms"}:  # rooms stand in for NYU where it is absent
+        for data in dict.fromkeys((row.data, "rooms")):  # rooms stand in for NYU where it is absent
             if run := all_runs(budget, data=data, pictures=pictures).get(key):
                 return run
     raise UserError(f"no budget has a run {key!r}; `d3lib status --budget B --all` lists a budget's runs")
