@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -82,10 +83,12 @@ def _rate(name: str, unit: str, count: float, work: Callable[[], Any]) -> Row:
     return _row(name, unit, [count / _seconds(work) for _ in range(REPEATS)])
 
 
-def _versus(name: str, baseline: Callable[[], Any], ours: Callable[[], Any], repeats: int = REPEATS) -> Row:
+def _versus(
+    name: str, baseline: Callable[[], Any], ours: Callable[[], Any], repeats: int = REPEATS, what: str = "naive / ours"
+) -> Row:
     """How many times as long the baseline takes, each pair of calls one after the other."""
     baseline(), ours()
-    return _row(f"{name}: naive / ours", "x", [_seconds(baseline) / _seconds(ours) for _ in range(repeats)])
+    return _row(f"{name}: {what}", "x", [_seconds(baseline) / _seconds(ours) for _ in range(repeats)])
 
 
 def _agree(name: str, ours: Any, baseline: Any, tolerance: float) -> None:
@@ -203,6 +206,32 @@ def _bench_train(device: str) -> Iterator[Row]:
             from_memory()
             lost = [100 * (_seconds(from_store) / _seconds(from_memory) - 1) for _ in range(repeats)]
             yield _row(f"train D3-Net 8x{where}, {precision}: waiting for pictures", "%", lost)
+    if on_gpu or shutil.which(os.environ.get("CXX", "g++")):
+        yield _bench_compiled(device, *(("densenet121", size, "bf16") if on_gpu else ("tiny", (96, 128), "float32")))
+
+
+def _bench_compiled(device: str, encoder: str, size: tuple[int, int], precision: str, steps: int = 10) -> Row:
+    """Training with `torch.compile` against the same without: D3-Net on a GPU; a CPU would compile it for an hour."""
+    from d3lib.losses import l1_loss
+    from d3lib.models import D3Net
+    from d3lib.training import fit
+
+    generator = torch.Generator().manual_seed(0)
+    batch = {"rgb": torch.rand((8, 3, *size), generator=generator), "valid": torch.ones(8, 1, *size, dtype=torch.bool)}
+    batch["depth"] = 1 + 8 * torch.rand((8, 1, *size), generator=generator)
+    batch = {name: images.to(device) for name, images in batch.items()}
+
+    def work(compiler: str | None) -> Callable[[], list[float]]:
+        net = D3Net(encoder, seed=0).to(device, memory_format=torch.channels_last)
+        loop = partial(fit, net, l1_loss, lambda start: itertools.repeat(batch), device=device, precision=precision)
+        return lambda: [point["loss"] for point in loop(steps=steps, evaluations=3, compiler=compiler).curve]
+
+    eager, compiled = work(None), work("inductor")
+    _agree("torch.compile", compiled(), eager(), 5e-2 if precision == "bf16" else 1e-3)
+    name = "D3-Net" if encoder == "densenet121" else encoder
+    return _versus(
+        f"train {name} 8x{size[0]}x{size[1]}, {precision}, torch.compile", eager, compiled, what="without / with"
+    )
 
 
 def _bench_infer(device: str) -> Iterator[Row]:

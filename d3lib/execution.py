@@ -50,7 +50,7 @@ from d3lib.losses import L1_WEIGHT, build_loss
 from d3lib.metrics import Protocol
 from d3lib.models import D3Net, PatchDiscriminator
 from d3lib.records import RECORD, RECORD_VERSION, State, model_card, read_record
-from d3lib.training import DivergedError, fit, pick_device, pick_precision
+from d3lib.training import DivergedError, fit, pick_compiler, pick_device, pick_precision
 
 EVAL_BATCH = 16  # images predicted at once
 CURVE_FRAMES = 64  # frames of a set that a point of the learning curve is computed on
@@ -322,7 +322,7 @@ def _train_and_score(
     run: Run, net: D3Net, sources: Sources, folder: Path, device: str, code: str, progress: Progress | None
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    precision = pick_precision(run.precision, device)
+    precision, compiler = pick_precision(run.precision, device), pick_compiler()
     net = net.to(device, memory_format=torch.channels_last)
     adversary = PatchDiscriminator(ndf=run.ndf, seed=run.seed).to(device) if run.loss == "gan" else None
 
@@ -381,6 +381,7 @@ def _train_and_score(
         variant=run.variant,
         device=device,
         precision=precision,
+        compiler=compiler,
         evaluate=point,
         evaluations=run.evaluations,
         checkpoint=checkpoint,
@@ -396,6 +397,9 @@ def _train_and_score(
         names = [sources.sets["train"].names[index] for index in batch]
         raise UserError(f"{error} (its frames: {', '.join(names)})") from error
     except (torch.OutOfMemoryError, RuntimeError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = " ".join(str(error).splitlines()[:2])
+            raise UserError(f"D3LIB_COMPILE={compiler}: torch.compile failed ({reason}); unset it") from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         fitting = _batch_that_fits(run, device)
@@ -430,6 +434,7 @@ def _train_and_score(
         | {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "precision": precision,
+            "compiler": compiler,
             "train_seconds": trace.seconds,
             "total_seconds": time.perf_counter() - started,
             "peak_memory_bytes": provenance.peak_memory(device),

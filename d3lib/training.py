@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import sys
 import time
@@ -59,6 +60,17 @@ def pick_precision(precision: str, device: str) -> str:
     if not device.startswith("cuda"):
         return "float32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def pick_compiler() -> str | None:
+    """The backend of `torch.compile` that the environment variable D3LIB_COMPILE names, such as inductor; else None.
+
+    As a run's device, it says how to compute and not what. Raises `UserError` for an unknown one.
+    """
+    name = os.environ.get("D3LIB_COMPILE") or None
+    if name and name not in torch.compiler.list_backends(exclude_tags=()):
+        raise UserError(f"D3LIB_COMPILE is {name!r}, which torch.compile has no backend for; try inductor")
+    return name
 
 
 def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -141,6 +153,7 @@ def fit(
     variant: str = "paper",
     device: str = "cpu",
     precision: str = "float32",
+    compiler: str | None = None,
     evaluate: Callable[[nn.Module], dict[str, float | None]] | None = None,
     evaluations: int = 10,
     clip_norm: float = 0.0,
@@ -163,6 +176,8 @@ def fit(
             function of the step, so that a resumed run sees what an uninterrupted one would have seen. In
             several processes: this one's slices, all of the same size.
         adversary: the discriminator, for `gan`: loss = adversarial term + `lam` · pixel loss.
+        compiler: let `torch.compile` translate the network's training pass with this backend, such as inductor; None:
+            run it operation by operation. The first step then takes minutes; evaluation is never compiled.
         adversarial_from: with an `adversary`, train so many steps with `lam` · pixel loss alone, then start D and
             add its term: the two phases of Jung et al. (2017). 0 is the paper's single phase.
         evaluate: called at `evaluations` equally spaced steps (the last step among them); its `val_rms` chooses
@@ -184,7 +199,7 @@ def fit(
     trace, start = Trace(), 0
     if checkpoint is not None and checkpoint.exists():
         start = _load_checkpoint(checkpoint, identity, net, optimiser, opponent, scaler, trace)
-    model = distributed.wrap(net)
+    model = distributed.wrap(torch.compile(net, backend=compiler, fullgraph=True) if compiler else net)
     leading = distributed.rank() == 0
     points = min(evaluations, steps)
     milestones = {round(steps * (i + 1) / points) for i in range(points)}

@@ -90,6 +90,18 @@ def test_the_model_card_and_a_few_predictions_lie_beside_the_weights(record, run
         np.testing.assert_array_equal(kept["pred"][3], kept["pred"][kept["index"][3]])
 
 
+def test_a_compiler_that_fails_is_one_line_and_one_that_works_is_named_in_the_record(run, place, tmp_path, monkeypatch):
+    @torch._dynamo.register_backend(name="broken")
+    def _(*_):
+        raise OSError("no C++ compiler")
+
+    monkeypatch.setenv("D3LIB_COMPILE", "broken")
+    with pytest.raises(UserError, match=r"D3LIB_COMPILE=broken: torch.compile failed .*no C\+\+ compiler.*; unset it"):
+        execute(run, tmp_path, place / "data", device="cpu")
+    monkeypatch.setenv("D3LIB_COMPILE", "aot_eager")
+    assert execute(run, tmp_path, place / "data", device="cpu")["provenance"]["compiler"] == "aot_eager"
+
+
 def test_sums_by_scene_add_up_to_the_pooled_scores(record):
     sums, scores = record["by_scene"], record["metrics"]["chosen"]["test"]["exact"]["pooled"]
     assert len(sums["scene"]) == len(set(sums["scene"])) == BUDGETS["drill"].test_scenes

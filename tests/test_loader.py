@@ -287,6 +287,15 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(store):
         next(train_batches(store, frames=None, batch_size=8, seed=0, rank=0, world=3))
 
 
+def test_pictures_leave_for_the_device_as_bytes_and_are_mirrored_and_scaled_there(store):
+    # the meta device computes shapes alone: whatever asked for values, or came back to the host, would raise
+    batch = next(train_batches(store, frames=None, batch_size=4, seed=5, size=(16, 24), device="meta"))
+    assert {(key, value.device.type, value.shape[-2:]) for key, value in batch.items()} == {
+        (key, "meta", (16, 24)) for key in ("rgb", "depth", "valid", "exact")
+    }
+    assert batch["rgb"].dtype == torch.float32
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_on_a_gpu_are_those_on_the_cpu(store):
     for workers in (0, 1):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from d3lib.errors import UserError
+from d3lib.errors import StoppedError, UserError
 from d3lib.losses import build_loss
 from d3lib.models import D3Net, PatchDiscriminator
-from d3lib.training import Adversary, DivergedError, fit, pick_precision
+from d3lib.training import Adversary, DivergedError, fit, pick_compiler, pick_precision
 
 
 def scene_batch(count=2, height=64, width=96, seed=0):
@@ -210,3 +210,34 @@ def test_bf16_training_stays_near_float32():
         curve = fit(net, build_loss("l1"), stream, steps=4, evaluations=4, precision=precision).curve
         ends[precision] = [point["loss"] for point in curve]
     np.testing.assert_allclose(ends["bf16"], ends["float32"], rtol=0.05)
+
+
+@pytest.mark.parametrize(("precision", "adversarial"), [("float32", True), ("bf16", False)])
+def test_compiled_training_is_the_same_training_also_when_cut_off_and_resumed(precision, adversarial, tmp_path):
+    # "aot_eager" takes the network apart into one graph as every backend does, then runs PyTorch's own kernels on it
+    ends = {}
+    for compiler in (None, "aot_eager"):
+        net = D3Net("tiny", seed=0)
+        adversary = PatchDiscriminator(ndf=8, seed=0) if adversarial else None
+        options = {"steps": 5, "evaluations": 5, "adversary": adversary, "precision": precision, "compiler": compiler}
+        if compiler:
+            cut = {"checkpoint": tmp_path / "checkpoint.pt", "stop": lambda: True}
+            with pytest.raises(StoppedError):
+                fit(net, build_loss("eigen"), stream, **options, **cut)
+            options |= {"checkpoint": cut["checkpoint"]}
+            net = D3Net("tiny", seed=1)  # the checkpoint's weights must replace these
+        curve = fit(net, build_loss("eigen"), stream, **options).curve
+        ends[compiler] = [point["loss"] for point in curve], weights_of(net)
+    np.testing.assert_allclose(ends["aot_eager"][0], ends[None][0], rtol=1e-6 if precision == "float32" else 0.02)
+    if precision == "float32":
+        torch.testing.assert_close(ends["aot_eager"][1], ends[None][1], rtol=1e-6, atol=1e-7)
+
+
+def test_the_compiler_comes_from_the_environment_and_an_unknown_one_is_refused(monkeypatch):
+    monkeypatch.delenv("D3LIB_COMPILE", raising=False)
+    assert pick_compiler() is None
+    monkeypatch.setenv("D3LIB_COMPILE", "inductor")
+    assert pick_compiler() == "inductor"
+    monkeypatch.setenv("D3LIB_COMPILE", "gcc")
+    with pytest.raises(UserError, match="D3LIB_COMPILE is 'gcc'"):
+        pick_compiler()

@@ -52,12 +52,12 @@ def train_batches(
     chosen = choose_frames(len(dataset), frames)
     steps = (step[share] for step in batch_indices(chosen, batch_size, seed, start_step))
     for step, batch in enumerate(_fetch(dataset, steps, workers, device), start_step):
-        if flip:
+        if flip:  # on the device, while pictures are still bytes
             mirrored = np.flatnonzero(_random(seed, _FLIP, step, batch_size)[share] >> np.uint64(63))
             for images in batch.values():
                 for row in mirrored.tolist():  # in place: many times faster than a masked copy of the batch
                     images[row] = images[row].flip(-1)
-        yield _finish(batch, size, device)
+        yield _finish(batch, size)
 
 
 def eval_batches(
@@ -73,7 +73,7 @@ def eval_batches(
     chosen = choose_frames(len(dataset), frames)
     steps = (chosen[start : start + batch_size].tolist() for start in range(0, len(chosen), batch_size))
     for batch in _fetch(dataset, steps, workers, device):
-        yield _finish(batch, size, device)
+        yield _finish(batch, size)
 
 
 def choose_frames(available: int, frames: int | Sequence[int] | None) -> np.ndarray:
@@ -134,7 +134,7 @@ def _random(seed: int, stream: int, number: int, count: int) -> np.ndarray:
 
 
 def _fetch(dataset: Any, steps: Iterator[list[int]], workers: int, device: str | torch.device) -> Iterator[Batch]:
-    """The batches of `steps`, read ahead by `workers` processes, in memory that `device` can copy from."""
+    """The batches of `steps` on `device`, read ahead by `workers` processes."""
     loader = DataLoader(
         dataset,
         batch_sampler=steps,  # type: ignore[arg-type] - any iterable of lists of indices will do
@@ -144,7 +144,8 @@ def _fetch(dataset: Any, steps: Iterator[list[int]], workers: int, device: str |
         generator=torch.Generator(),  # or the loader would draw from torch's global generator
     )
     try:
-        yield from loader
+        for batch in loader:
+            yield {key: images.to(device, non_blocking=True) for key, images in batch.items()}
     except UserError as error:  # from a worker it comes wrapped in the text of its traceback
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("d3lib.errors.UserError: ")) from None
     except RuntimeError as error:
@@ -158,7 +159,6 @@ def _collate(samples: Any) -> Batch:
     return samples if isinstance(samples, dict) else default_collate(samples)
 
 
-def _finish(batch: Batch, size: tuple[int, int] | None, device: str | torch.device) -> Batch:
-    batch = {key: images.to(device, non_blocking=True) for key, images in batch.items()}
+def _finish(batch: Batch, size: tuple[int, int] | None) -> Batch:
     batch["rgb"] = to_float(batch["rgb"])
     return resize_sample(batch, size) if size else batch

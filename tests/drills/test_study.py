@@ -1,4 +1,7 @@
-"""The book's records, run again: `make rerun`. Ten take half an hour on two cores, `D3LIB_RERUN=2` takes two."""
+"""The book's records, run again: `make rerun`. Ten take half an hour on two cores, `D3LIB_RERUN=2` runs two.
+
+Records made by several versions of the training code want ten each.
+"""
 
 import concurrent.futures
 import functools
@@ -28,6 +31,22 @@ def again(record, out):
     return execute(make_run(**record["run"]), out, data_folder())
 
 
+def draw(records, count):
+    """So many records at random, as equal a number of each code they were made by, and of that of each loss."""
+    records = random.sample(records, len(records))
+    for what in (lambda record: (code(record), record["run"]["loss"]), code):
+        turn, placed = Counter(), []
+        for record in records:  # every kind once, then every kind twice
+            turn[what(record)] += 1
+            placed.append((turn[what(record)], record))
+        records = [record for _, record in sorted(placed, key=lambda pair: pair[0])]
+    return records[:count]
+
+
+def code(record):
+    return record["provenance"]["code_digest"]
+
+
 @pytest.mark.study
 def test_records_of_the_book_drawn_at_random_run_again_to_the_same_numbers(tmp_path):
     made = [record for record in committed_records() if record["run"]["data"] == "rooms"]  # data that anyone can make
@@ -37,12 +56,7 @@ def test_records_of_the_book_drawn_at_random_run_again_to_the_same_numbers(tmp_p
     if kept:  # before half an hour of work
         assert count >= RERUN_ENOUGH, f"{kept}: a record of a re-run needs {RERUN_ENOUGH} runs"
         assert os.access(Path(kept).parent, os.W_OK), f"{kept}: cannot be written"
-    random.shuffle(records)
-    drawn, turn = [], Counter()
-    for record in records:  # every loss once, then every loss twice
-        turn[record["run"]["loss"]] += 1
-        drawn.append((turn[record["run"]["loss"]], record))
-    drawn = [record for _, record in sorted(drawn, key=lambda pair: pair[0])][:count]
+    drawn = draw(records, count)
     at_once = os.cpu_count() // max(record["provenance"]["threads"] for record in drawn)
     with concurrent.futures.ProcessPoolExecutor(max(1, at_once), CONTEXT) as pool:
         outcomes = []
