@@ -265,6 +265,21 @@ def test_scripts_styles_and_pictures_come_with_the_book(html):
     assert not foreign
 
 
+def test_the_status_page_gives_the_time_and_the_memory_of_every_page_that_executes(html):
+    from bs4 import BeautifulSoup
+
+    tables = BeautifulSoup((html / "status.html").read_text(encoding="utf-8"), "html.parser").select("table")
+    head, *rows = next(
+        [[cell.get_text(strip=True) for cell in row.select("th, td")] for row in table.select("tr")]
+        for table in tables
+        if "Memory (MB)" in table.get_text()
+    )
+    found = {row[0]: (float(row[head.index("Run Time (s)")]), float(row[head.index("Memory (MB)")])) for row in rows}
+    assert found.keys() == {page for page in PAGES if "{code-cell}" in (ROOT / "book" / f"{page}.md").read_text()}
+    # a kernel that has imported torch takes some hundred megabytes; no page needs more than a small laptop has
+    assert all(0 < seconds < 300 and 100 < megabytes < 6000 for seconds, megabytes in found.values()), found
+
+
 def test_without_a_repository_address_no_page_offers_colab(html):
     assert yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"] == "" or pytest.skip("it has one")
     assert not [href for _, href in references(html)[0] if "colab.research.google.com" in href]

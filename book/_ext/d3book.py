@@ -12,6 +12,8 @@ import yaml
 from docutils import nodes
 from jupyter_cache import get_cache
 from jupyter_cache.executors import load_executor
+from myst_nb.ext import execution_tables
+from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.fileutil import copy_asset
@@ -59,6 +61,9 @@ def execute_pages(app: Sphinx, config) -> None:
     """
     if config.nb_execution_mode != "cache":
         return
+    peaks = Path(config.nb_execution_cache_path) / "peaks"
+    peaks.mkdir(exist_ok=True)
+    os.environ |= {"PYTHONSTARTUP": str(Path(__file__).with_name("peak.py")), "BOOK_PEAKS": str(peaks)}
     reader = {"type": "plugin", "name": "myst_nb_md"}  # as myst-nb reads them, or the cache would not match
     cache = get_cache(config.nb_execution_cache_path)
     pages = [Path(app.srcdir) / f"{page}.md" for page in chapters(Path(app.srcdir))]
@@ -76,6 +81,24 @@ def execute_pages(app: Sphinx, config) -> None:
         del os.environ["OMP_NUM_THREADS"]
     else:
         os.environ["OMP_NUM_THREADS"] = threads
+
+
+def add_memory(app: Sphinx, env) -> None:
+    """Give the table of executed pages a column of the peak memory that each page's kernel noted (see `peak.py`)."""
+    execution_tables._key2header["peak"] = "Memory (MB)"
+    execution_tables._key2transform["peak"] = lambda peak: "-" if peak is None else f"{peak / 1e6:.0f}"
+    if app.config.nb_execution_mode != "cache":
+        return
+    cache, peaks = get_cache(app.config.nb_execution_cache_path), Path(app.config.nb_execution_cache_path) / "peaks"
+    found = {}
+    for record in cache.list_cache_records():
+        cells = cache.get_cache_bundle(record.pk).nb.cells
+        code = "\n".join(cell.source.strip() for cell in cells if cell.cell_type == "code" and cell.source.strip())
+        note = peaks / hashlib.sha256(code.encode()).hexdigest()[:16]
+        found[record.uri] = int(note.read_text()) if note.is_file() else None
+    for page, data in NbMetadataCollector.get_doc_data(env).items():
+        if "exec_data" in data:
+            data["exec_data"]["peak"] = found.get(str(Path(app.srcdir) / f"{page}.md"))
 
 
 def chapters(book: Path) -> list[str]:
@@ -156,6 +179,7 @@ def setup(app: Sphinx) -> dict:
     app.add_directive("exercise", Exercise)
     for listener in (choose_cache, execute_pages, use_local_mathjax, show_repository):
         app.connect("config-inited", listener)
+    app.connect("env-updated", add_memory, priority=400)  # before myst-nb makes its table
     app.connect("html-page-context", add_colab_button, priority=600)  # after the theme has made its buttons
     app.connect("html-page-context", make_citations_list_items)
     app.connect("build-finished", copy_mathjax)
