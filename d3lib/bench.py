@@ -5,8 +5,10 @@ Where a baseline and ours are compared, the two run by turns, and their results 
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import itertools
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -210,8 +212,8 @@ def _bench_train(device: str) -> Iterator[Row]:
         yield _bench_compiled(device, *(("densenet121", size, "bf16") if on_gpu else ("tiny", (96, 128), "float32")))
 
 
-def _bench_compiled(device: str, encoder: str, size: tuple[int, int], precision: str, steps: int = 10) -> Row:
-    """Training with `torch.compile` against the same without: D3-Net on a GPU; a CPU would compile it for an hour."""
+def _training(encoder: str, size: tuple[int, int], precision: str, device: str, **options: Any) -> Callable[..., Any]:
+    """`fit` on one random batch of 8, ready to be called with a number of steps; it gives three losses on the way."""
     from d3lib.losses import l1_loss
     from d3lib.models import D3Net
     from d3lib.training import fit
@@ -220,18 +222,42 @@ def _bench_compiled(device: str, encoder: str, size: tuple[int, int], precision:
     batch = {"rgb": torch.rand((8, 3, *size), generator=generator), "valid": torch.ones(8, 1, *size, dtype=torch.bool)}
     batch["depth"] = 1 + 8 * torch.rand((8, 1, *size), generator=generator)
     batch = {name: images.to(device) for name, images in batch.items()}
+    net = D3Net(encoder, seed=0).to(device, memory_format=torch.channels_last)
+    loop = partial(fit, net, l1_loss, lambda start: itertools.repeat(batch), device=device, precision=precision)
+    return lambda steps: [point["loss"] for point in loop(steps=steps, evaluations=3, **options).curve]
 
-    def work(compiler: str | None) -> Callable[[], list[float]]:
-        net = D3Net(encoder, seed=0).to(device, memory_format=torch.channels_last)
-        loop = partial(fit, net, l1_loss, lambda start: itertools.repeat(batch), device=device, precision=precision)
-        return lambda: [point["loss"] for point in loop(steps=steps, evaluations=3, compiler=compiler).curve]
 
-    eager, compiled = work(None), work("inductor")
+def _bench_compiled(device: str, encoder: str, size: tuple[int, int], precision: str, steps: int = 10) -> Row:
+    """Training with `torch.compile` against the same without: D3-Net on a GPU, a network soon translated on a CPU."""
+    eager, compiled = (
+        partial(_training(encoder, size, precision, device, compiler=name), steps) for name in (None, "inductor")
+    )
     _agree("torch.compile", compiled(), eager(), 5e-2 if precision == "bf16" else 1e-3)
     name = "D3-Net" if encoder == "densenet121" else encoder
     return _versus(
         f"train {name} 8x{size[0]}x{size[1]}, {precision}, torch.compile", eager, compiled, what="without / with"
     )
+
+
+def _bench_together(device: str) -> Iterator[Row]:
+    """Small runs at once, sharing the cores or the GPU, against the same runs one at a time with all of it."""
+    cores, on_gpu = os.cpu_count() or 1, device.startswith("cuda")
+    count, steps = (4, 200) if on_gpu else (cores, 20)
+    if count == 1:
+        return
+    with concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        work = partial(pool.map, partial(_small_run, device, steps))
+        one_at_a_time = lambda: [list(work([cores])) for _ in range(count)]  # noqa: E731 - beside its counterpart
+        at_once = lambda: list(work([max(1, cores // count)] * count))  # noqa: E731
+        at_once()  # all processes start, and import
+        where = "one GPU" if on_gpu else f"{cores} cores"
+        yield _versus(f"{count} runs of tiny on {where}", one_at_a_time, at_once, 3, "one at a time / at once")
+
+
+def _small_run(device: str, steps: int, threads: int) -> None:
+    """So many steps of a `laptop` run's size, with so many threads."""
+    torch.set_num_threads(threads)
+    _training("tiny", (96, 128), pick_precision("auto", device), device)(steps)
 
 
 def _bench_infer(device: str) -> Iterator[Row]:
@@ -362,6 +388,7 @@ BENCHES: dict[str, Callable[[str], Iterator[Row]]] = {
     "start": _bench_start,
     "loss": _bench_loss,
     "train": _bench_train,
+    "together": _bench_together,
     "infer": _bench_infer,
     "eval": _bench_eval,
     "data": _bench_data,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from d3lib.artefacts import locked
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background a shell says so, and every child would too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -17,6 +19,8 @@ def pytest_collection_modifyitems(config, items):
         if asked and marker not in config.option.markexpr:
             config.hook.pytest_deselected(items=asked)
             items[:] = [item for item in items if item not in asked]
+    # the last: by then one worker has built the book, and all can look at its pages
+    items.sort(key=lambda item: item.get_closest_marker("browser") is not None)
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +40,19 @@ def test_data(absent):
     if not Path(folder).is_dir() or not folder:
         absent(f"no real data: D3LIB_TEST_DATA is {folder or 'not set'}")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def html(tmp_path_factory):
+    """Built once for all workers: two builds at once would write the same cache of executed pages."""
+    from building import build_book
+
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+    pages = shared / "book" / "_build" / "html"
+    with locked(shared / "book.lock"):
+        if not (shared / "book-built").is_file():
+            (shared / "book").mkdir(exist_ok=True)
+            build_book(shared / "book")
+            (shared / "book-built").touch()
+    return pages

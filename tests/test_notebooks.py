@@ -1,6 +1,6 @@
 """Every page that takes a budget runs through papermill at smoke, as the batch runs it.
 
-The others run with their own parameters' values when the book is built (tests/test_book.py).
+The others run with their own parameters' values when the book is built (tests/building.py).
 """
 
 import json
