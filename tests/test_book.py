@@ -79,7 +79,7 @@ def test_the_status_page_gives_the_time_and_the_memory_of_every_page_that_execut
         for table in tables
         if "Memory (MB)" in table.get_text()
     )
-    found = {row[0]: (float(row[head.index("Run Time (s)")]), float(row[head.index("Memory (MB)")])) for row in rows}
+    found = {row[0]: (float(row[head.index("Seconds")]), float(row[head.index("Memory (MB)")])) for row in rows}
     assert found.keys() == {page for page in PAGES if "{code-cell}" in (ROOT / "book" / f"{page}.md").read_text()}
     # a kernel that has imported torch takes some hundred megabytes; no page needs more than a small laptop has
     assert all(0 < seconds < 300 and 100 < megabytes < 6000 for seconds, megabytes in found.values()), found

@@ -84,9 +84,13 @@ def execute_pages(app: Sphinx, config) -> None:
 
 
 def add_memory(app: Sphinx, env) -> None:
-    """Give the table of executed pages a column of the peak memory that each page's kernel noted (see `peak.py`)."""
-    execution_tables._key2header["peak"] = "Memory (MB)"
-    execution_tables._key2transform["peak"] = lambda peak: "-" if peak is None else f"{peak / 1e6:.0f}"
+    """Let the table of executed pages show the peak memory that each page's kernel noted (see `peak.py`)."""
+    headers = {"mtime": "Executed", "runtime": "Seconds", "peak": "Memory (MB)", "succeeded": "Without error"}
+    execution_tables._key2header = headers
+    execution_tables._key2transform |= {
+        "peak": lambda peak: "-" if peak is None else f"{peak / 1e6:.0f}",
+        "succeeded": lambda succeeded: "yes" if succeeded else "no",  # not all machines have myst-nb's emoji
+    }
     if app.config.nb_execution_mode != "cache":
         return
     cache, peaks = get_cache(app.config.nb_execution_cache_path), Path(app.config.nb_execution_cache_path) / "peaks"
