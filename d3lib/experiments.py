@@ -46,7 +46,6 @@ class Budget:
     test_views: int = 1  # rooms: frames per validation, test and unseen scene
     evaluations: int = 20  # points on a learning curve
     seeds: int = 5  # paired seeds of the main grid
-    more_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)  # losses of the main grid that get more
     beyond_seeds: int = 3  # of the runs beyond the paper
     learning_rate: float = 2e-4  # the paper's
 
@@ -88,7 +87,6 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             test_scenes=24,
             evaluations=4,
             **_ONE_SEED,
-            more_seeds={"l1": 3, "gan": 3},
         ),
         "gate": Budget(
             "CPU, minutes a run: whether the rooms are fit for a study",
@@ -323,10 +321,9 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
 
     grid = tuple(
         make_run(budget, loss=loss, train_set=size, seed=seed, data=data)
-        for seed in range(max(row.seeds, *row.more_seeds.values(), 0))
+        for seed in range(row.seeds)
         for size in TRAIN_SETS
         for loss in LOSSES
-        if seed < row.more_seeds.get(loss, row.seeds)
     )
     largest = tuple(run for run in grid if run.train_set == "230k")
     encoders = tuple(

@@ -25,7 +25,7 @@ GROWTH = 1.25  # the peak of a hundred times the frames is at most so many times
 MORE_SEEDS = """
 import dataclasses
 from d3lib import experiments
-row = dataclasses.replace(experiments.BUDGETS["drill"], seeds={0}, beyond_seeds={0}, more_seeds={{}})
+row = dataclasses.replace(experiments.BUDGETS["drill"], seeds={0}, beyond_seeds={0})
 experiments.BUDGETS = {{**experiments.BUDGETS, "drill": row}}
 """
 
@@ -167,7 +167,7 @@ def test_a_batch_of_five_hundred_runs_is_planned_and_found_done_in_seconds(drill
         drill.tally["runs"] = count
     first = make_run("drill")
     record = execute(first, tmp_path / "runs" / "drill", tmp_path / "runs" / "data", device="cpu")
-    row = dataclasses.replace(BUDGETS["drill"], seeds=seeds, beyond_seeds=seeds, more_seeds={})
+    row = dataclasses.replace(BUDGETS["drill"], seeds=seeds, beyond_seeds=seeds)
     monkeypatch.setattr("d3lib.experiments.BUDGETS", {**BUDGETS, "drill": row})
     for key, run in runs_to_do("drill").items():
         folder = tmp_path / "runs" / "drill" / key
