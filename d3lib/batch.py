@@ -21,7 +21,7 @@ from d3lib.errors import UserError
 from d3lib.experiments import FOLDS, Run, runs_to_do
 from d3lib.records import State, committed_records, is_current
 from d3lib.results import read_plan, source_of
-from d3lib.training import pick_device
+from d3lib.training import pick_compiler, pick_device
 
 SNAKEFILE = Path(__file__).resolve().parent / "workflow" / "Snakefile"
 NOISE = (  # lines that say nothing about the work; all else, errors above all, is passed on
@@ -248,6 +248,7 @@ def make_plan(
 
     Folders of a former plan in the same place are kept where none are given.
     """
+    pick_compiler()  # an unknown one is refused once, not by every run
     former = read_plan(budget, out)
     root = (data_root or Path(former.get("data_root", out / "data"))).resolve()
     folder = str(pictures.resolve()) if pictures else former.get("pictures")

@@ -241,6 +241,7 @@ def execute(
         return _in_processes(run, out, data_root, device, progress)
     if started != run.gpus:
         raise UserError(f"a run of gpus {run.gpus} was started in {started} processes; make the two numbers equal")
+    pick_compiler()  # an unknown one is refused before data are prepared
     with distributed.joined(pick_device(device)) as device:
         return _execute(run, out / run.key, data_root, device, progress if distributed.rank() == 0 else None)
 
@@ -363,7 +364,7 @@ def _train_and_score(
             world=distributed.world(),
         )
 
-    identity = f"{run.key} {code} {sources.digest}"
+    identity = " ".join([run.key, code, sources.digest, *([compiler] if compiler else [])])
     checkpoint = folder / f"checkpoint-{digest_json(identity)[:8]}.pt"
     for old in set(folder.glob("checkpoint*.pt")) - {checkpoint}:
         old.unlink(missing_ok=True)  # of other code or other data: nothing can continue from it
@@ -398,7 +399,7 @@ def _train_and_score(
         raise UserError(f"{error} (its frames: {', '.join(names)})") from error
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = " ".join(str(error).splitlines()[:2])
+            reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2])
             raise UserError(f"D3LIB_COMPILE={compiler}: torch.compile failed ({reason}); unset it") from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise

@@ -315,7 +315,7 @@ def _log_residuals(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[T
     """
     mask = _check(pred, target, mask)
     y, y_hat = (_keep(_wide(x), mask).clamp(min=LOG_MIN) for x in (target, pred))
-    return y_hat.log().sub_(y.log()), mask
+    return y_hat.log() - y.log(), mask
 
 
 def _per_image(x: Tensor, pooled: bool) -> Tensor:

@@ -7,6 +7,8 @@ import functools
 import math
 import os
 import platform
+import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +127,26 @@ def is_current(record: Mapping[str, Any]) -> bool:
     return same_code(record) or _population(record) in _vouched(BOOK, code_digest(*TRAINING_CODE))
 
 
+def draw_records(records: Sequence[Mapping[str, Any]], count: int = RERUN_ENOUGH) -> list[Mapping[str, Any]]:
+    """Records to run again: `count` (or all) of each version of the code, budget, encoder, data and device.
+
+    Drawn at random, but no loss twice before every loss once.
+    """
+    populations: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for record in random.sample(records, len(records)):
+        populations.setdefault(_population(record), []).append(record)
+    drawn = []
+    for members in populations.values():
+        turn: Counter[str] = Counter()
+        placed = []
+        for record in members:
+            loss = record["run"]["loss"]
+            turn[loss] += 1
+            placed.append((turn[loss], record))
+        drawn += [record for _, record in sorted(placed, key=lambda pair: pair[0])][:count]
+    return drawn
+
+
 def _population(record: Mapping[str, Any]) -> tuple[str, ...]:
     run, made = record["run"], record["provenance"]
     return (made["code_digest"], *(str(run.get(n)) for n in ("budget", "encoder", "data")), str(made.get("device")))
@@ -143,7 +165,8 @@ def _vouched(folder: Path, now: str) -> frozenset[tuple[str, ...]]:
             same = math.isclose(outcome["rms_then"], outcome["rms_now"], rel_tol=1e-5)  # the book keeps six digits
             same = same and outcome["same_weights"] and outcome["same_data"]
             found.setdefault(_population(book[outcome["key"]]), {})[outcome["key"]] = same
-    return frozenset(p for p, same in found.items() if len(same) >= RERUN_ENOUGH and all(same.values()))
+    size = Counter(map(_population, book.values()))
+    return frozenset(p for p, same in found.items() if len(same) >= min(RERUN_ENOUGH, size[p]) and all(same.values()))
 
 
 def rerun_outcome(record: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

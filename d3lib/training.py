@@ -68,8 +68,8 @@ def pick_compiler() -> str | None:
     As a run's device, it says how to compute and not what. Raises `UserError` for an unknown one.
     """
     name = os.environ.get("D3LIB_COMPILE") or None
-    if name and name not in torch.compiler.list_backends(exclude_tags=()):
-        raise UserError(f"D3LIB_COMPILE is {name!r}, which torch.compile has no backend for; try inductor")
+    if name and name not in (known := ["aot_eager", *torch.compiler.list_backends()]):
+        raise UserError(f"D3LIB_COMPILE is {name!r}; torch.compile has the backends {', '.join(known)}")
     return name
 
 
@@ -177,7 +177,8 @@ def fit(
             several processes: this one's slices, all of the same size.
         adversary: the discriminator, for `gan`: loss = adversarial term + `lam` · pixel loss.
         compiler: let `torch.compile` translate the network's training pass with this backend, such as inductor; None:
-            run it operation by operation. The first step then takes minutes; evaluation is never compiled.
+            run it operation by operation. The first step then takes longer, with inductor minutes; evaluation is never
+            compiled.
         adversarial_from: with an `adversary`, train so many steps with `lam` · pixel loss alone, then start D and
             add its term: the two phases of Jung et al. (2017). 0 is the paper's single phase.
         evaluate: called at `evaluations` equally spaced steps (the last step among them); its `val_rms` chooses
@@ -199,7 +200,11 @@ def fit(
     trace, start = Trace(), 0
     if checkpoint is not None and checkpoint.exists():
         start = _load_checkpoint(checkpoint, identity, net, optimiser, opponent, scaler, trace)
-    model = distributed.wrap(torch.compile(net, backend=compiler, fullgraph=True) if compiler else net)
+    model: nn.Module = net
+    if compiler:
+        torch.compiler.reset()  # or what was compiled before in this process would count against this network
+        model = torch.compile(net, backend=compiler, fullgraph=True, dynamic=False)
+    model = distributed.wrap(model)
     leading = distributed.rank() == 0
     points = min(evaluations, steps)
     milestones = {round(steps * (i + 1) / points) for i in range(points)}

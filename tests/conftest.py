@@ -11,6 +11,8 @@ from d3lib.artefacts import locked
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background a shell says so, and every child would too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+os.environ.pop("D3LIB_COMPILE", None)  # tests of the compiler set it themselves
+
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what runs on request: the drill on SLURM, which starts daemons, and what takes long."""

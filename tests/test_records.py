@@ -14,6 +14,7 @@ from d3lib.records import (
     RECORD,
     RECORD_VERSION,
     committed_records,
+    draw_records,
     is_current,
     keep_records,
     read_rerun,
@@ -84,9 +85,9 @@ def trained(key, code, weights="w", rms=1.0, **run):
     }  # fmt: skip
 
 
-def rerun(folder, records_then, **now):
-    """The records, kept in a book, and the outcome of running them again."""
-    keep_records(records_then, folder / "laptop.jsonl")
+def rerun(folder, records_then, kept=None, **now):
+    """The records, kept in a book with others of their kind, and the outcome of running them again."""
+    keep_records(TEN if kept is None else kept, folder / "laptop.jsonl")
     today = code_digest(*TRAINING_CODE)
     outcomes = [rerun_outcome(then, trained(then["key"], today) | now.get(then["key"], {})) for then in records_then]
     write_rerun(folder / "rerun.json", outcomes, {"code_digest": now.get("code", today)})
@@ -121,6 +122,29 @@ def test_older_code_counts_as_todays_once_enough_of_its_runs_gave_the_same(book,
     rerun(book, then, **now)
     assert is_current(trained("a", "old")) is expected
     assert not same_code(trained("a", "old"))  # a run of one's own is done again all the same
+
+
+def test_of_a_kind_with_fewer_records_all_must_give_the_same(book):
+    few = TEN[:4]
+    rerun(book, few[:3], kept=few)
+    assert not is_current(trained("a", "old"))
+    rerun(book, few, kept=few)
+    assert is_current(trained("a", "old"))
+
+
+def test_records_are_drawn_of_every_version_of_the_code_and_of_every_loss_in_turn():
+    old = [trained(f"old{i}", "old", loss=loss) for loss in ("l1", "l2", "gan") for i in range(20)]
+    new = [trained(f"new{i}", "new", loss="l1") for i in range(4)]
+    drawn = draw_records([*old, *new], 10)
+    assert sorted(r["key"] for r in drawn if r["provenance"]["code_digest"] == "new") == [
+        "new0",
+        "new1",
+        "new2",
+        "new3",
+    ]
+    losses = [r["run"]["loss"] for r in drawn if r["provenance"]["code_digest"] == "old"]
+    assert sorted(map(losses.count, ("l1", "l2", "gan"))) == [3, 3, 4]
+    assert [r["key"] for r in drawn] != [r["key"] for r in draw_records([*old, *new], 10)]  # at random
 
 
 @pytest.mark.parametrize("other", [{"budget": "study"}, {"encoder": "densenet121"}, {"data": "nyu"}])

@@ -1,13 +1,11 @@
 """The book's records, run again: `make rerun`. Ten take half an hour on two cores, `D3LIB_RERUN=2` runs two.
 
-Records made by several versions of the training code want ten each.
+So many are drawn of each version of the training code that made records.
 """
 
 import concurrent.futures
 import functools
 import os
-import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from test_kill import CONTEXT
 from d3lib.artefacts import data_folder
 from d3lib.experiments import make_run
 from d3lib.provenance import TRAINING_CODE, collect
-from d3lib.records import RERUN_ENOUGH, committed_records, rerun_outcome, write_rerun
+from d3lib.records import RERUN_ENOUGH, committed_records, draw_records, rerun_outcome, write_rerun
 
 ELSEWHERE = 0.10  # on another kind of machine a run's rounding differs, and so does its course: as another seed's would
 
@@ -28,23 +26,8 @@ def again(record, out):
     from d3lib.execution import execute
 
     torch.set_num_threads(record["provenance"]["threads"])
+    os.environ["D3LIB_COMPILE"] = record["provenance"].get("compiler") or ""
     return execute(make_run(**record["run"]), out, data_folder())
-
-
-def draw(records, count):
-    """So many records at random, as equal a number of each code they were made by, and of that of each loss."""
-    records = random.sample(records, len(records))
-    for what in (lambda record: (code(record), record["run"]["loss"]), code):
-        turn, placed = Counter(), []
-        for record in records:  # every kind once, then every kind twice
-            turn[what(record)] += 1
-            placed.append((turn[what(record)], record))
-        records = [record for _, record in sorted(placed, key=lambda pair: pair[0])]
-    return records[:count]
-
-
-def code(record):
-    return record["provenance"]["code_digest"]
 
 
 @pytest.mark.study
@@ -56,7 +39,7 @@ def test_records_of_the_book_drawn_at_random_run_again_to_the_same_numbers(tmp_p
     if kept:  # before half an hour of work
         assert count >= RERUN_ENOUGH, f"{kept}: a record of a re-run needs {RERUN_ENOUGH} runs"
         assert os.access(Path(kept).parent, os.W_OK), f"{kept}: cannot be written"
-    drawn = draw(records, count)
+    drawn = draw_records(records, count)
     at_once = os.cpu_count() // max(record["provenance"]["threads"] for record in drawn)
     with concurrent.futures.ProcessPoolExecutor(max(1, at_once), CONTEXT) as pool:
         outcomes = []
