@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import shutil
@@ -39,8 +40,8 @@ def bench(what: str = "all", json_path: Path | None = None, device: str = "auto"
     """Measure and print; `what` is one of `BENCHES` or "all". `json_path` keeps the rows as an artefact.
 
     Returns rows of name, median, smallest and largest value, and unit ("x": times as fast as the named baseline).
-    Raises `UserError` for another `what`, and where a benchmark asked for by name needs packages that are missing
-    ("all" does without it).
+    Raises `UserError` for another `what`, and where a benchmark asked for by name needs packages that are missing or a
+    compiler that fails, and RuntimeError where its two answers differ ("all" does without it).
     """
     if what not in (*BENCHES, "all"):
         raise UserError(f"there is no benchmark {what!r}; choose one of {', '.join(BENCHES)}, all")
@@ -57,7 +58,7 @@ def bench(what: str = "all", json_path: Path | None = None, device: str = "auto"
                 print(f"{row['name']:<58} {row['rate']:>9.4g} {row['unit']}", end="  ")
                 print(f"({row['low']:.4g} to {row['high']:.4g})", flush=True)
                 rows.append({"bench": name} | row)
-        except UserError as error:
+        except (UserError, RuntimeError) as error:
             if what != "all":
                 raise
             print(f"{name}: {error}")
@@ -212,8 +213,10 @@ def _bench_train(device: str) -> Iterator[Row]:
         yield _bench_compiled(device, *(("densenet121", size, "bf16") if on_gpu else ("tiny", (96, 128), "float32")))
 
 
-def _training(encoder: str, size: tuple[int, int], precision: str, device: str, **options: Any) -> Callable[..., Any]:
-    """`fit` on one random batch of 8, ready to be called with a number of steps; it gives three losses on the way."""
+def _train(
+    encoder: str, size: tuple[int, int], device: str, precision: str, steps: int, compiler: str | None = None
+) -> tuple[list[float], list[float]]:
+    """Train on one random batch of 8: the loss at each quarter of the steps, and the seconds of all but the first."""
     from d3lib.losses import l1_loss
     from d3lib.models import D3Net
     from d3lib.training import fit
@@ -223,26 +226,37 @@ def _training(encoder: str, size: tuple[int, int], precision: str, device: str, 
     batch["depth"] = 1 + 8 * torch.rand((8, 1, *size), generator=generator)
     batch = {name: images.to(device) for name, images in batch.items()}
     net = D3Net(encoder, seed=0).to(device, memory_format=torch.channels_last)
-    loop = partial(fit, net, l1_loss, lambda start: itertools.repeat(batch), device=device, precision=precision)
-    return lambda steps: [point["loss"] for point in loop(steps=steps, evaluations=3, **options).curve]
+    times: list[float] = []
+
+    def look(net: torch.nn.Module) -> dict[str, float | None]:
+        times.append(time.perf_counter())
+        return {}
+
+    options = {"steps": steps, "evaluations": 4, "evaluate": look, "device": device, "precision": precision}
+    curve = fit(net, l1_loss, lambda start: itertools.repeat(batch), compiler=compiler, **options).curve
+    return [point["loss"] or math.nan for point in curve], [
+        after - before for before, after in itertools.pairwise(times)
+    ]
 
 
-def _bench_compiled(device: str, encoder: str, size: tuple[int, int], precision: str, steps: int = 10) -> Row:
+def _bench_compiled(
+    device: str, encoder: str, size: tuple[int, int], precision: str, steps: int = 40, compiler: str = "inductor"
+) -> Row:
     """Training with `torch.compile` against the same without: D3-Net on a GPU, a network soon translated on a CPU."""
-    eager, compiled = (
-        partial(_training(encoder, size, precision, device, compiler=name), steps) for name in (None, "inductor")
-    )
-    _agree("torch.compile", compiled(), eager(), 5e-2 if precision == "bf16" else 1e-3)
-    name = "D3-Net" if encoder == "densenet121" else encoder
-    return _versus(
-        f"train {name} 8x{size[0]}x{size[1]}, {precision}, torch.compile", eager, compiled, what="without / with"
-    )
+    losses, eager = _train(encoder, size, device, precision, steps)
+    try:
+        same, compiled = _train(encoder, size, device, precision, steps, compiler)
+    except RuntimeError as error:  # torch's own kinds for a compiler that is missing or fails
+        raise UserError(f"torch.compile failed: {str(error).splitlines()[0]}") from error
+    _agree("torch.compile", same, losses, 5e-2 if precision == "bf16" else 1e-3)
+    name = f"train {'D3-Net' if encoder == 'densenet121' else encoder} 8x{size[0]}x{size[1]}, {precision}"
+    return _row(f"{name}, torch.compile: without / with", "x", [a / b for a, b in zip(eager, compiled, strict=True)])
 
 
 def _bench_together(device: str) -> Iterator[Row]:
-    """Small runs at once, sharing the cores or the GPU, against the same runs one at a time with all of it."""
+    """Small runs at once, sharing the cores or the GPU, against the same runs one at a time with all of them."""
     cores, on_gpu = os.cpu_count() or 1, device.startswith("cuda")
-    count, steps = (4, 200) if on_gpu else (cores, 20)
+    count, steps = (4, 200) if on_gpu else (min(cores, 8), 20)
     if count == 1:
         return
     with concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
@@ -257,7 +271,7 @@ def _bench_together(device: str) -> Iterator[Row]:
 def _small_run(device: str, steps: int, threads: int) -> None:
     """So many steps of a `laptop` run's size, with so many threads."""
     torch.set_num_threads(threads)
-    _training("tiny", (96, 128), pick_precision("auto", device), device)(steps)
+    _train("tiny", (96, 128), device, pick_precision("auto", device), steps)
 
 
 def _bench_infer(device: str) -> Iterator[Row]:

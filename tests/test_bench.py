@@ -7,6 +7,7 @@ import torch
 from d3lib import bench, naive
 from d3lib.artefacts import read_json
 from d3lib.cli import main
+from d3lib.errors import UserError
 from d3lib.losses import build_loss
 from d3lib.metrics import DepthMetrics
 
@@ -68,6 +69,30 @@ def test_the_rows_are_printed_and_kept_with_their_machine(tmp_path, capsys):
     assert row["bench"] == "eval" and row["low"] <= row["rate"] <= row["high"]
     assert row["name"] in capsys.readouterr().out
     assert kept["provenance"]["device_kind"] == "cpu" and isinstance(kept["provenance"]["native_bf16"], bool)
+
+
+def test_a_row_that_cannot_be_measured_costs_no_other_row(tmp_path, monkeypatch, capsys):
+    row = bench._row("good", "x", [1.0])
+
+    def bad(device):
+        yield row
+        raise RuntimeError("the two answers differ")
+
+    monkeypatch.setattr(bench, "BENCHES", {"bad": bad, "good": lambda device: iter([row])})
+    bench.bench("all", tmp_path / "rows.json", "cpu")
+    assert [kept["bench"] for kept in read_json(tmp_path / "rows.json", format="d3lib-bench", version=2)["rows"]] == [
+        "bad",
+        "good",
+    ]
+    assert "bad: the two answers differ" in capsys.readouterr().out
+
+
+def test_compiled_training_is_raced_against_the_same_without_and_a_failing_compiler_is_one_line():
+    size = ("tiny", (32, 48), "float32")
+    row = bench._bench_compiled("cpu", *size, steps=4, compiler="aot_eager")
+    assert row["name"].endswith("torch.compile: without / with") and 0 < row["low"] <= row["high"]
+    with pytest.raises(UserError, match="torch.compile failed: .*nowhere"):
+        bench._bench_compiled("cpu", *size, steps=4, compiler="nowhere")
 
 
 def test_start_up_reads_no_torch():

@@ -79,10 +79,12 @@ def test_the_status_page_gives_the_time_and_the_memory_of_every_page_that_execut
         for table in tables
         if "Memory (MB)" in table.get_text()
     )
+    assert not [row for row in rows if "-" in row[1:]], "a page was executed without a note of its time or memory"
     found = {row[0]: (float(row[head.index("Seconds")]), float(row[head.index("Memory (MB)")])) for row in rows}
     assert found.keys() == {page for page in PAGES if "{code-cell}" in (ROOT / "book" / f"{page}.md").read_text()}
-    # a kernel that has imported torch takes some hundred megabytes; no page needs more than a small laptop has
-    assert all(0 < seconds < 300 and 100 < megabytes < 6000 for seconds, megabytes in found.values()), found
+    assert all(0 < seconds < 300 for seconds, _ in found.values()), found
+    # every page imports torch, which takes 200 MB alone; none needs more than a small laptop has
+    assert all(200 < megabytes < 6000 for _, megabytes in found.values()), found
 
 
 def test_without_a_repository_address_no_page_offers_colab(html):

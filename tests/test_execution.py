@@ -1,5 +1,6 @@
 """One run from data to record: what it keeps, what it repeats, what it says of itself."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,7 +12,7 @@ from PIL import Image
 
 from d3lib import execution
 from d3lib.artefacts import digest_tensors, load_weights, save_weights
-from d3lib.errors import UserError
+from d3lib.errors import StoppedError, UserError
 from d3lib.evaluation import load_network
 from d3lib.execution import execute, open_sources
 from d3lib.experiments import BUDGETS, make_run
@@ -98,8 +99,16 @@ def test_a_compiler_that_fails_is_one_line_and_one_that_works_is_named_in_the_re
     monkeypatch.setenv("D3LIB_COMPILE", "broken")
     with pytest.raises(UserError, match=r"D3LIB_COMPILE=broken: torch.compile failed .*no C\+\+ compiler.*; unset it"):
         execute(run, tmp_path, place / "data", device="cpu")
+    with monkeypatch.context() as patch:  # a checkpoint of a run without the compiler is not what this one goes on from
+        patch.setenv("D3LIB_COMPILE", "")
+        patch.setattr(execution, "_told_to_stop", lambda: contextlib.nullcontext(lambda: True))
+        with pytest.raises(StoppedError):
+            execute(run, tmp_path, place / "data", device="cpu")
     monkeypatch.setenv("D3LIB_COMPILE", "aot_eager")
-    assert execute(run, tmp_path, place / "data", device="cpu")["provenance"]["compiler"] == "aot_eager"
+    lines = []
+    made = execute(run, tmp_path, place / "data", device="cpu", progress=lines.append)
+    assert made["provenance"]["compiler"] == "aot_eager" and made["curve"][0]["step"] == 2
+    assert not list((tmp_path / run.key).glob("checkpoint*"))
 
 
 def test_sums_by_scene_add_up_to_the_pooled_scores(record):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from d3lib.data import loader
 from d3lib.data.loader import batch_indices, choose_frames, eval_batches, resize_sample, to_float, train_batches
 from d3lib.data.shards import open_store, write_store
 from d3lib.errors import UserError
@@ -287,9 +288,24 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(store):
         next(train_batches(store, frames=None, batch_size=8, seed=0, rank=0, world=3))
 
 
-def test_pictures_leave_for_the_device_as_bytes_and_are_mirrored_and_scaled_there(store):
+def test_pictures_leave_for_the_device_as_bytes_and_are_mirrored_and_scaled_there(store, monkeypatch):
+    seen = []
+
+    def flip(images, dim):
+        seen.append(("flip", images.device.type, images.dtype))
+        return kept_flip(images, dim)
+
+    def to_float(rgb):
+        seen.append(("to_float", rgb.device.type, rgb.dtype))
+        return kept_to_float(rgb)
+
+    kept_flip, kept_to_float = torch.Tensor.flip, loader.to_float
+    monkeypatch.setattr(torch.Tensor, "flip", flip)
+    monkeypatch.setattr(loader, "to_float", to_float)
     # the meta device computes shapes alone: whatever asked for values, or came back to the host, would raise
     batch = next(train_batches(store, frames=None, batch_size=4, seed=5, size=(16, 24), device="meta"))
+    assert ("flip", "meta", torch.uint8) in seen and ("to_float", "meta", torch.uint8) in seen
+    assert {device for _, device, _ in seen} == {"meta"}
     assert {(key, value.device.type, value.shape[-2:]) for key, value in batch.items()} == {
         (key, "meta", (16, 24)) for key in ("rgb", "depth", "valid", "exact")
     }

@@ -25,11 +25,12 @@ UNUSED_S = 24 * 3600  # caches of other digests go after a day: another build ma
 
 
 def inputs(root: Path = ROOT, runs: Path = RUNS) -> list[Path]:
-    """The files besides the page itself that a page's outputs depend on: the library, the pins, the records."""
+    """The files besides the page itself that what is kept of it depends on: the library, the pins, the records."""
     library = (path for path in (root / "d3lib").rglob("*") if "__pycache__" not in path.parts)
     committed = (root / "book" / "records").rglob("*")
     made_here = runs.glob("*/**/record.json")
-    paths = {root / "constraints.txt", *library, *committed, *made_here}
+    notes = root / "book" / "_ext" / "peak.py"
+    paths = {root / "constraints.txt", notes, *library, *committed, *made_here}
     return sorted(path for path in paths if path.is_file())
 
 
@@ -91,18 +92,22 @@ def add_memory(app: Sphinx, env) -> None:
         "peak": lambda peak: "-" if peak is None else f"{peak / 1e6:.0f}",
         "succeeded": lambda succeeded: "yes" if succeeded else "no",  # not all machines have myst-nb's emoji
     }
-    if app.config.nb_execution_mode != "cache":
-        return
-    cache, peaks = get_cache(app.config.nb_execution_cache_path), Path(app.config.nb_execution_cache_path) / "peaks"
-    found = {}
-    for record in cache.list_cache_records():
-        cells = cache.get_cache_bundle(record.pk).nb.cells
-        code = "\n".join(cell.source.strip() for cell in cells if cell.cell_type == "code" and cell.source.strip())
-        note = peaks / hashlib.sha256(code.encode()).hexdigest()[:16]
-        found[record.uri] = int(note.read_text()) if note.is_file() else None
+    folder = Path(app.config.nb_execution_cache_path or "")
+    cache = get_cache(folder) if app.config.nb_execution_mode == "cache" else None
     for page, data in NbMetadataCollector.get_doc_data(env).items():
         if "exec_data" in data:
-            data["exec_data"]["peak"] = found.get(str(Path(app.srcdir) / f"{page}.md"))
+            data["exec_data"]["peak"] = cache and noted_memory(cache, folder / "peaks", Path(app.srcdir) / f"{page}.md")
+
+
+def noted_memory(cache, peaks: Path, page: Path) -> int | None:
+    """The bytes that the page's kernel noted when it made the outputs that the cache has for the page as it is now."""
+    try:
+        cells = cache.get_cache_bundle(cache.get_cached_project_nb(str(page)).pk).nb.cells
+    except (AttributeError, KeyError):  # the page was never executed, or its execution failed
+        return None
+    code = "\n".join(cell.source.strip() for cell in cells if cell.cell_type == "code" and cell.source.strip())
+    note = peaks / hashlib.sha256(code.encode()).hexdigest()[:16]
+    return int(note.read_text()) if note.is_file() else None
 
 
 def chapters(book: Path) -> list[str]:

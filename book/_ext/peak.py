@@ -14,15 +14,16 @@ def _watch_memory() -> None:
 
     from IPython import get_ipython
 
+    from d3lib.provenance import peak_memory
+
     history = get_ipython().history_manager.input_hist_raw  # filled as cells are executed
 
     def note() -> None:
         unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kibibytes on Linux
-        processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # of the children the largest one
-        peak = max(resource.getrusage(process).ru_maxrss for process in processes) * unit
+        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit  # of the largest one
         code = "\n".join(cell.strip() for cell in history if cell.strip())
         name = hashlib.sha256(code.encode()).hexdigest()[:16]
-        (Path(os.environ["BOOK_PEAKS"]) / name).write_text(str(peak))
+        (Path(os.environ["BOOK_PEAKS"]) / name).write_text(str(max(peak_memory("cpu"), children)))
 
     atexit.register(note)
 
