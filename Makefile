@@ -45,7 +45,7 @@ test: setup lint ## check style and run every test (about as many at once as the
 drill: setup ## kill, fill, flip and forge: what a run survives, as a table (LONG=1: thousands of trials, some minutes; RECORD=file.json)
 	OMP_NUM_THREADS=1 D3LIB_LONG="$(LONG)" D3LIB_DRILLS="$(RECORD)" $(BIN)/python -m pytest -n $(JOBS) -m "drill or not drill" tests/drills
 
-rerun: setup ## train ten of the book's records again, drawn at random, and compare (half an hour; RECORD=file.json)
+rerun: setup ## train ten of the records of each version of the code again, drawn at random, and compare (half an hour for ten; RECORD=file.json)
 	OMP_NUM_THREADS=1 D3LIB_RERUN_RECORD="$(RECORD)" $(BIN)/python -m pytest -s -m study tests/drills/test_study.py
 
 notebooks: setup ## run every Colab notebook in an environment like Colab's, which it builds (a quarter of an hour)
