@@ -242,7 +242,10 @@ def _train(
 def _bench_compiled(
     device: str, encoder: str, size: tuple[int, int], precision: str, steps: int = 40, compiler: str = "inductor"
 ) -> Row:
-    """Training with `torch.compile` against the same without: D3-Net on a GPU, a network soon translated on a CPU."""
+    """Training with `torch.compile` against the same without: D3-Net on a GPU, a network soon translated on a CPU.
+
+    One after the other, not by turns: each turn would begin with compiling.
+    """
     losses, eager = _train(encoder, size, device, precision, steps)
     try:
         same, compiled = _train(encoder, size, device, precision, steps, compiler)

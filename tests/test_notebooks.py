@@ -7,14 +7,12 @@ import json
 
 import jupytext
 import pytest
-import yaml
+from building import PAGES
 
 from d3lib.artefacts import PROJECT
 from d3lib.batch import declared_parameters, execute_notebook
 
 BOOK = PROJECT / "book"
-TOC = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
-PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
 NOTEBOOKS = [page for page in PAGES if "{code-cell}" in (BOOK / f"{page}.md").read_text(encoding="utf-8")]
 BUDGETED = [page for page in NOTEBOOKS if "budget" in declared_parameters(jupytext.read(BOOK / f"{page}.md"))]
 

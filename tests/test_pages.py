@@ -8,11 +8,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import yaml
-from building import ROOT
+from building import PAGES
 
-TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
-PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
 VIEWS = {
     f"{size}-{theme}": (width, theme)
     for size, width in {"desktop": 1400, "phone": 390}.items()
