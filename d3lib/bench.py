@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,16 @@ Row = dict[str, Any]
 
 
 def bench(what: str = "all", json_path: Path | None = None, device: str = "auto") -> list[Row]:
-    """Measure and print; `what` is one of `BENCHES` or "all". `json_path` keeps the rows as an artefact.
+    """Measure and print; `what` is one of `BENCHES`, some with commas between, or "all". `json_path` keeps the rows.
 
     Returns rows of name, median, smallest and largest value, and unit ("x": times as fast as the named baseline).
     Raises `UserError` for another `what`, and where a benchmark asked for by name needs packages that are missing or a
-    compiler that fails, and RuntimeError where its two answers differ ("all" does without it).
+    compiler that fails, and RuntimeError where its two answers differ (of several, the others go on).
     """
-    if what not in (*BENCHES, "all"):
-        raise UserError(f"there is no benchmark {what!r}; choose one of {', '.join(BENCHES)}, all")
+    names = list(BENCHES) if what == "all" else what.split(",")
+    for name in names:
+        if name not in BENCHES:
+            raise UserError(f"there is no benchmark {name!r}; choose of {', '.join(BENCHES)}, all")
     device = pick_device(device)
     machine = collect("d3lib.bench", device=device) | {"native_bf16": pick_precision("auto", device) == "bf16"}
     if device == "cpu":
@@ -52,14 +55,14 @@ def bench(what: str = "all", json_path: Path | None = None, device: str = "auto"
     print(f"{machine['device']}, {'with' if machine['native_bf16'] else 'no'} native bfloat16, ", end="")
     print(f"{machine['threads']} threads, torch {machine['versions'].get('torch')}", flush=True)
     rows = []
-    for name in BENCHES if what == "all" else (what,):
+    for name in names:
         try:
             for row in BENCHES[name](device):
                 print(f"{row['name']:<58} {row['rate']:>9.4g} {row['unit']}", end="  ")
                 print(f"({row['low']:.4g} to {row['high']:.4g})", flush=True)
                 rows.append({"bench": name} | row)
         except (UserError, RuntimeError) as error:
-            if what != "all":
+            if len(names) == 1:
                 raise
             print(f"{name}: {error}")
     if json_path is not None:
@@ -102,6 +105,11 @@ def _agree(name: str, ours: Any, baseline: Any, tolerance: float) -> None:
         raise RuntimeError(f"{name}: the two answers differ by {apart:.2g} of them, so their times do not compare")
 
 
+def _tolerances(device: str) -> dict[str, float]:
+    """How far apart two ways through one network may end, by precision; a GPU's float32 products are TF32."""
+    return {"float32": 1e-2 if device.startswith("cuda") else 1e-3, "bf16": 5e-2}
+
+
 def _render(count: int, size: tuple[int, int]) -> list[dict[str, torch.Tensor]]:
     from d3lib.data import rooms
 
@@ -125,8 +133,15 @@ def _bench_start(device: str) -> Iterator[Row]:
 
 def _bench_rooms(device: str) -> Iterator[Row]:
     """Frames of rooms rendered per second, Kinect view included, at two sizes."""
-    for size, count in (((96, 128), 64), ((240, 320), 16)):
+    cores = torch.get_num_threads()
+    for size, count in (((96, 128), max(64, 8 * cores)), ((240, 320), 8 * max(2, cores))):
         yield _rate(f"rooms, {size[0]}x{size[1]}", "frames/s", count, partial(_render, count, size))
+    if device.startswith("cuda"):
+        from d3lib.data import rooms
+
+        for size in ((96, 128), (240, 320)):
+            work = partial(rooms.render, rooms.frames("train", scenes=64), size, device)
+            yield _rate(f"rooms, {size[0]}x{size[1]}, by the GPU", "frames/s", 64, work)
 
 
 def _bench_loss(device: str) -> Iterator[Row]:
@@ -152,6 +167,7 @@ def _bench_loss(device: str) -> Iterator[Row]:
 
     step()
     whole = statistics.median(_seconds(step) for _ in range(3))
+    calls = 20 if device.startswith("cuda") else 1  # of microseconds each: together they outlast waiting for the GPU
 
     def gan(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return generator_loss(logits) + 20 * build_loss("l1")(pred, target, mask)
@@ -161,9 +177,10 @@ def _bench_loss(device: str) -> Iterator[Row]:
         return torch.nn.functional.mse_loss(logits, ones) / 2 + 20 * naive.LOSSES["l1"](pred, target, m)
 
     def work(loss: Callable[..., torch.Tensor], mask_of: Callable[[], torch.Tensor]) -> torch.Tensor:
-        pred.grad = None
-        value = loss(pred, target, mask_of())
-        value.backward()
+        for _ in range(calls):
+            pred.grad = None
+            value = loss(pred, target, mask_of())
+            value.backward()
         return value.detach()
 
     for name in (*naive.LOSSES, "gan"):
@@ -171,7 +188,7 @@ def _bench_loss(device: str) -> Iterator[Row]:
         plain = partial(work, naive_gan if name == "gan" else naive.LOSSES[name], mask.float)
         _agree(name, ours().cpu(), plain().cpu(), 1e-4)
         yield _versus(f"loss {name}, 8x256x320", plain, ours, repeats=15)
-        shares = [100 * _seconds(ours) / whole for _ in range(15)]
+        shares = [100 * _seconds(ours) / calls / whole for _ in range(15)]
         yield _row(f"loss {name}: share of a step of D3-Net, {precision}", "%", shares)
 
 
@@ -184,7 +201,7 @@ def _bench_train(device: str) -> Iterator[Row]:
     from d3lib.training import fit
 
     on_gpu, size = device.startswith("cuda"), (256, 320)
-    steps, repeats, workers = (30, REPEATS, min(os.cpu_count() or 1, 8)) if on_gpu else (1, 3, 0)  # a step: seconds
+    steps, repeats, workers = (30, 3, min(os.cpu_count() or 1, 8)) if on_gpu else (1, 3, 0)  # a step: seconds
     pictures = _pictures(size)
     with tempfile.TemporaryDirectory() as place:
         naive.save_pictures(Path(place), pictures)
@@ -197,7 +214,7 @@ def _bench_train(device: str) -> Iterator[Row]:
             expected = plain_net.eval()(sample).float().cpu()
         baseline = partial(naive.train, plain_net, files, steps)
         where = f"{size[0]}x{size[1]}"
-        for precision, tolerance in {"float32": 1e-3, "bf16": 5e-2}.items():
+        for precision, tolerance in _tolerances(device).items():
             net = D3Net(seed=0).to(device, memory_format=torch.channels_last)
             with torch.no_grad(), autocast(device, precision):
                 _agree(f"D3-Net in {precision}", net.eval()(sample).float().cpu(), expected, tolerance)
@@ -209,8 +226,10 @@ def _bench_train(device: str) -> Iterator[Row]:
             from_memory()
             lost = [100 * (_seconds(from_store) / _seconds(from_memory) - 1) for _ in range(repeats)]
             yield _row(f"train D3-Net 8x{where}, {precision}: waiting for pictures", "%", lost)
-    if on_gpu or shutil.which(os.environ.get("CXX", "g++")):
-        yield _bench_compiled(device, *(("densenet121", size, "bf16") if on_gpu else ("tiny", (96, 128), "float32")))
+    if on_gpu:
+        yield from _bench_compiled(device, "densenet121", size, "bf16")
+    elif shutil.which(os.environ.get("CXX", "g++")):
+        yield from _bench_compiled(device, "tiny", (96, 128), "float32")
 
 
 def _train(
@@ -241,26 +260,95 @@ def _train(
 
 def _bench_compiled(
     device: str, encoder: str, size: tuple[int, int], precision: str, steps: int = 40, compiler: str = "inductor"
-) -> Row:
+) -> Iterator[Row]:
     """Training with `torch.compile` against the same without: D3-Net on a GPU, a network soon translated on a CPU.
 
-    One after the other, not by turns: each turn would begin with compiling.
+    One after the other, not by turns: each turn would begin with compiling. On a GPU once more with CUDA graphs, which
+    start a whole pass at once: so does `TORCHINDUCTOR_CUDAGRAPHS=1`.
     """
+    import torch._inductor.config as inductor
+
     losses, eager = _train(encoder, size, device, precision, steps)
-    try:
-        same, compiled = _train(encoder, size, device, precision, steps, compiler)
-    except RuntimeError as error:  # torch's own kinds for a compiler that is missing or fails
-        raise UserError(f"torch.compile failed: {str(error).splitlines()[0]}") from error
-    # after the first quarter: later, rounding alone leads two trainings apart
-    _agree("torch.compile", same[:1], losses[:1], 5e-2 if precision == "bf16" else 1e-3)
     name = f"train {'D3-Net' if encoder == 'densenet121' else encoder} 8x{size[0]}x{size[1]}, {precision}"
-    return _row(f"{name}, torch.compile: without / with", "x", [a / b for a, b in zip(eager, compiled, strict=True)])
+    for graphs in (False, True) if device.startswith("cuda") else (False,):
+        try:
+            with inductor.patch("triton.cudagraphs", graphs):
+                same, compiled = _train(encoder, size, device, precision, steps, compiler)
+        except RuntimeError as error:  # torch's own kinds for a compiler that is missing or fails
+            raise UserError(f"torch.compile failed: {str(error).splitlines()[0]}") from error
+        # after the first quarter: later, rounding alone leads two trainings apart
+        _agree("torch.compile", same[:1], losses[:1], 5e-2 if precision == "bf16" else 1e-3)
+        what = f"{name}, torch.compile{' with CUDA graphs' if graphs else ''}: without / with"
+        yield _row(what, "x", [a / b for a, b in zip(eager, compiled, strict=True)])
+
+
+def _bench_gpu(device: str) -> Iterator[Row]:
+    """What bounds a training step of D3-Net in bf16 on a GPU: its two peaks, the step's share of them, its kernels.
+
+    Time of a step is that of eager training on pictures already on the device, kernels' time is the profiler's. Nothing
+    without a GPU.
+    """
+    from torch.profiler import ProfilerActivity, profile
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from d3lib.models import D3Net
+
+    if not device.startswith("cuda"):
+        return
+    one, other = (torch.rand(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = _rate(
+        "matrix product, 8192, bf16", "TFLOP/s", 20 * 2 * 8192**3 / 1e12, partial(_often, 20, torch.mm, one, other)
+    )
+    yield product
+    long = torch.rand(1 << 29, device=device)
+    copy = partial(_often, 10, torch.empty_like(long).copy_, long)
+    yield _rate("memory, copying 2 GiB", "GB/s", 10 * 2 * long.nbytes / 1e9, copy)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        D3Net()(torch.empty(8, 3, 256, 320))
+    name, steps = "train D3-Net 8x256x320, bf16", 20
+    times = [quarter / (steps / 4) for quarter in _train("densenet121", (256, 320), device, "bf16", steps)[1]]
+    yield _row(f"{name}: a step", "ms", [1000 * time for time in times])
+    work = 3 * counter.get_total_flops() / 1e12  # backwards each convolution is done twice more
+    yield _row(f"{name}: share of the matrix product's rate", "%", [100 * work / t / product["rate"] for t in times])
+    with tempfile.TemporaryDirectory() as place:
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            _train("densenet121", (256, 320), device, "bf16", 8)
+            torch.cuda.synchronize()
+        seen.export_chrome_trace(f"{place}/trace.json")
+        events = json.loads(Path(place, "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    kinds = _kernel_seconds(events)
+    for kind, spent in kinds.items():
+        yield _row(f"{name}: GPU at {kind}", "ms", [1000 * spent / 8])
+
+
+def _often(times: int, work: Callable[..., Any], *arguments: Any) -> None:
+    for _ in range(times):
+        work(*arguments)
+
+
+_KERNELS = {  # kind of work: what names of its kernels contain
+    "batch normalisation": ("bn_", "batch_norm", "batchnorm"),
+    "the optimiser": ("multi_tensor", "adam"),
+    "convolutions": ("conv", "gemm", "xmma", "cutlass", "dgrad", "wgrad", "fprop", "cudnn", "nhwc", "nchw"),
+    "copies and casts": ("memcpy", "memset", "copy", "cat"),
+}
+
+
+def _kernel_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of a profiler's trace by kind of work; what has no other kind is "other operations"."""
+    seconds = dict.fromkeys([*_KERNELS, "other operations"], 0.0)
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            name = event["name"].lower()
+            kind = next((k for k, parts in _KERNELS.items() if any(part in name for part in parts)), "other operations")
+            seconds[kind] += event["dur"] / 1e6
+    return seconds
 
 
 def _bench_together(device: str) -> Iterator[Row]:
     """Small runs at once, sharing the cores or the GPU, against the same runs one at a time with all of them."""
     cores, on_gpu = os.cpu_count() or 1, device.startswith("cuda")
-    count, steps = (4, 200) if on_gpu else (min(cores, 8), 20)
+    count, steps = (4, 100) if on_gpu else (min(cores, 8), 20)
     if count == 1:
         return
     with concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
@@ -290,7 +378,7 @@ def _bench_infer(device: str) -> Iterator[Row]:
         with torch.no_grad():
             return plain(sample)
 
-    for precision, tolerance in {"float32": 1e-3, "bf16": 5e-2}.items():
+    for precision, tolerance in _tolerances(device).items():
         net = D3Net(seed=0).to(device, memory_format=torch.channels_last)
         ours = partial(as_predictor(net, device, precision), sample)
         _agree(f"inference in {precision}", ours().cpu(), baseline().cpu(), tolerance)
@@ -406,6 +494,7 @@ BENCHES: dict[str, Callable[[str], Iterator[Row]]] = {
     "start": _bench_start,
     "loss": _bench_loss,
     "train": _bench_train,
+    "gpu": _bench_gpu,
     "together": _bench_together,
     "infer": _bench_infer,
     "eval": _bench_eval,

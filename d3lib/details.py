@@ -70,8 +70,9 @@ def depth_edges(depth: Tensor, valid: Tensor) -> Tensor:
 def _smooth(x: Tensor) -> Tensor:
     """Weighted sums over 9x9 pixels around each; beyond the border x is 0."""
     weights = torch.tensor(SMOOTHING, dtype=x.dtype, device=x.device)
-    x = F.conv2d(x, weights.view(1, 1, 1, -1), padding=(0, len(SMOOTHING) // 2))
-    return F.conv2d(x, weights.view(1, 1, -1, 1), padding=(len(SMOOTHING) // 2, 0))
+    with torch.backends.cudnn.flags(enabled=False):  # on a GPU it would round float32 to 11 bits
+        x = F.conv2d(x, weights.view(1, 1, 1, -1), padding=(0, len(SMOOTHING) // 2))
+        return F.conv2d(x, weights.view(1, 1, -1, 1), padding=(len(SMOOTHING) // 2, 0))
 
 
 def edge_distance(edges: Tensor) -> Tensor:

@@ -107,6 +107,13 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             evaluations=10,
             learning_rate=1e-3,
         ),
+        "hour": Budget(
+            "one large GPU, synthetic rooms at the paper's size: about an hour for the main grid",
+            views={"795": 1, "12k": 4, "230k": 15},  # 2.1 GB: just what is kept in memory
+            steps=3000,
+            evaluations=10,
+            seeds=3,
+        ),
         "study": Budget(
             "one GPU, synthetic rooms: minutes a run that add up to the grid",
             views={"795": 1, "12k": 15, "230k": 290},

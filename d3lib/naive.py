@@ -122,7 +122,7 @@ def batches(data: Pictures, batch_size: int, workers: int, device: str = "cpu") 
 
 def train(net: nn.Module, source: Iterator[dict[str, Tensor]], steps: int) -> float:
     """The tutorials' loop: float32, contiguous, Adam, L1 masked by multiplication, the loss read at each step."""
-    optimiser = torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=False, foreach=False)
+    optimiser = torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999))
     net.train()
     shown = 0.0
     for _ in range(steps):

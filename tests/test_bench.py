@@ -89,10 +89,23 @@ def test_a_row_that_cannot_be_measured_costs_no_other_row(tmp_path, monkeypatch,
 
 def test_compiled_training_is_raced_against_the_same_without_and_a_failing_compiler_is_one_line():
     size = ("tiny", (32, 48), "float32")
-    row = bench._bench_compiled("cpu", *size, steps=4, compiler="aot_eager")
+    (row,) = bench._bench_compiled("cpu", *size, steps=4, compiler="aot_eager")
     assert row["name"].endswith("torch.compile: without / with") and 0 < row["low"] <= row["high"]
     with pytest.raises(UserError, match="torch.compile failed: .*nowhere"):
-        bench._bench_compiled("cpu", *size, steps=4, compiler="nowhere")
+        list(bench._bench_compiled("cpu", *size, steps=4, compiler="nowhere"))
+
+
+def test_kinds_of_kernels_add_up_to_the_trace():
+    trace = [
+        {"cat": "kernel", "name": "cudnn::bn_fw_tr_1C11", "dur": 2.0},
+        {"cat": "kernel", "name": "sm90_xmma_fprop_implicit_gemm_bf16", "dur": 3.0},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "dur": 4.0},
+        {"cat": "kernel", "name": "vectorized_elementwise_kernel", "dur": 5.0},
+        {"cat": "cpu_op", "name": "aten::conv2d", "dur": 99.0},
+    ]
+    seconds = bench._kernel_seconds(trace)
+    assert sum(seconds.values()) == pytest.approx(14e-6)
+    assert seconds["batch normalisation"] == 2e-6 and seconds["convolutions"] == 3e-6
 
 
 def test_start_up_reads_no_torch():
