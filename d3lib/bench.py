@@ -1,6 +1,7 @@
 """How fast it is: ratios to the plain code in `d3lib.naive`, measured here and now in one process.
 
-Where a baseline and ours are compared, the two run by turns, and their results must agree or there is no row.
+Where a baseline and ours are compared, the two run by turns (training: half the baseline before, half after ours), and
+their results must agree or there is no row.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ import torch
 from d3lib import naive
 from d3lib.artefacts import write_json
 from d3lib.errors import UserError
+from d3lib.losses import build_loss, generator_loss, l1_loss
+from d3lib.models import D3Net
 from d3lib.provenance import collect
-from d3lib.training import autocast, pick_device, pick_precision
+from d3lib.training import autocast, fit, pick_compiler, pick_device, pick_precision
 
 REPEATS = 5
 Row = dict[str, Any]
@@ -146,9 +149,6 @@ def _bench_rooms(device: str) -> Iterator[Row]:
 
 def _bench_loss(device: str) -> Iterator[Row]:
     """Each loss forwards and backwards at 8x256x320 with a mask, and as a part of a training step of D3-Net."""
-    from d3lib.losses import build_loss, generator_loss
-    from d3lib.models import D3Net
-    from d3lib.training import fit
 
     generator = torch.Generator().manual_seed(0)
     shape = (8, 1, 256, 320)
@@ -157,17 +157,12 @@ def _bench_loss(device: str) -> Iterator[Row]:
     target, mask = target.to(device), mask.to(device)
     pred = (target * (0.8 + 0.4 * noise.to(device))).requires_grad_()
     logits = torch.rand((8, 1, 62, 78), generator=generator).to(device).requires_grad_()
-    rgb = torch.rand((8, 3, *shape[2:]), generator=generator).to(device)
-    batch = {"rgb": rgb, "depth": target, "valid": mask}
-    net = D3Net(seed=0).to(device, memory_format=torch.channels_last)
     precision = pick_precision("auto", device)
-
-    def step() -> None:
-        fit(net, build_loss("l1"), lambda start: itertools.repeat(batch), steps=1, device=device, precision=precision)
-
-    step()
-    whole = statistics.median(_seconds(step) for _ in range(3))
-    calls = 20 if device.startswith("cuda") else 1  # of microseconds each: together they outlast waiting for the GPU
+    parts = _train(
+        "densenet121", shape[2:], device, precision, 10 if device.startswith("cuda") else 1, pick_compiler(device)
+    )
+    whole = statistics.median(parts[1])
+    calls = 20 if device.startswith("cuda") else 1  # of microseconds each: together they outlast the clock's own cost
 
     def gan(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return generator_loss(logits) + 20 * build_loss("l1")(pred, target, mask)
@@ -176,32 +171,51 @@ def _bench_loss(device: str) -> Iterator[Row]:
         ones = torch.ones_like(logits)
         return torch.nn.functional.mse_loss(logits, ones) / 2 + 20 * naive.LOSSES["l1"](pred, target, m)
 
-    def work(loss: Callable[..., torch.Tensor], mask_of: Callable[[], torch.Tensor]) -> torch.Tensor:
-        for _ in range(calls):
-            pred.grad = None
-            value = loss(pred, target, mask_of())
-            value.backward()
-        return value.detach()
+    def work(loss: Callable[..., torch.Tensor], mask: torch.Tensor) -> list[torch.Tensor]:
+        value = loss(pred, target, mask)
+        return [value.detach(), *torch.autograd.grad(value, [pred, logits], allow_unused=True)]
 
     for name in (*naive.LOSSES, "gan"):
-        ours = partial(work, gan if name == "gan" else build_loss(name), lambda: mask)
-        plain = partial(work, naive_gan if name == "gan" else naive.LOSSES[name], mask.float)
-        _agree(name, ours().cpu(), plain().cpu(), 1e-4)
+        ours = partial(work, gan if name == "gan" else build_loss(name), mask)
+        plain = partial(work, naive_gan if name == "gan" else naive.LOSSES[name], mask.float())
+        _agree(name, ours()[0].cpu(), plain()[0].cpu(), 1e-4)
+        ours, plain = (partial(_often, calls, _replayed(form, device)) for form in (ours, plain))
         yield _versus(f"loss {name}, 8x256x320", plain, ours, repeats=15)
         shares = [100 * _seconds(ours) / calls / whole for _ in range(15)]
         yield _row(f"loss {name}: share of a step of D3-Net, {precision}", "%", shares)
+
+
+def _often(times: int, work: Callable[..., Any], *arguments: Any) -> None:
+    for _ in range(times):
+        work(*arguments)
+
+
+def _replayed(work: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """On a GPU the same as a CUDA graph, as training runs it; elsewhere `work` itself."""
+    if not device.startswith("cuda"):
+        return work
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        _often(3, work)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = work()
+
+    def replay(kept: Any = kept) -> None:  # what the graph writes to must live as long as it
+        graph.replay()
+
+    return replay
 
 
 def _bench_train(device: str) -> Iterator[Row]:
     """Training D3-Net from files: the tutorials' loop and loader against the library's, in each precision there is."""
     from d3lib.data.loader import train_batches
     from d3lib.data.shards import open_store, write_store
-    from d3lib.losses import l1_loss
-    from d3lib.models import D3Net
-    from d3lib.training import fit
 
-    on_gpu, size = device.startswith("cuda"), (256, 320)
-    steps, repeats, workers = (30, 3, min(os.cpu_count() or 1, 8)) if on_gpu else (1, 3, 0)  # a step: seconds
+    on_gpu, size, repeats = device.startswith("cuda"), (256, 320), 4
+    steps, workers = (30, min(os.cpu_count() or 1, 8)) if on_gpu else (1, 0)  # a step takes a CPU seconds
     pictures = _pictures(size)
     with tempfile.TemporaryDirectory() as place:
         naive.save_pictures(Path(place), pictures)
@@ -213,85 +227,97 @@ def _bench_train(device: str) -> Iterator[Row]:
         with torch.no_grad():
             expected = plain_net.eval()(sample).float().cpu()
         baseline = partial(naive.train, plain_net, files, steps)
-        where = f"{size[0]}x{size[1]}"
         for precision, tolerance in _tolerances(device).items():
             net = D3Net(seed=0).to(device, memory_format=torch.channels_last)
             with torch.no_grad(), autocast(device, precision):
                 _agree(f"D3-Net in {precision}", net.eval()(sample).float().cpu(), expected, tolerance)
             source = train_batches(store, frames=None, batch_size=8, seed=0, device=device)
             cached = itertools.cycle([next(source) for _ in range(2)])
-            loop = partial(fit, net, l1_loss, steps=steps, device=device, precision=precision, evaluations=1)
-            from_store, from_memory = (partial(loop, lambda start, s=s: s) for s in (source, cached))
-            yield _versus(f"train D3-Net 8x{where}, {precision}", baseline, from_store, repeats)
-            from_memory()
-            lost = [100 * (_seconds(from_store) / _seconds(from_memory) - 1) for _ in range(repeats)]
-            yield _row(f"train D3-Net 8x{where}, {precision}: waiting for pictures", "%", lost)
-    if on_gpu:
-        yield from _bench_compiled(device, "densenet121", size, "bf16")
-    elif shutil.which(os.environ.get("CXX", "g++")):
-        yield from _bench_compiled(device, "tiny", (96, 128), "float32")
+            ours = partial(_train_on, net, steps=steps, device=device, precision=precision, parts=repeats + 1)
+            baseline()
+            before = [_seconds(baseline) for _ in range(repeats // 2)]
+            from_store, from_memory = (ours(s, compiler=pick_compiler(device))[1] for s in (source, cached))
+            plain = before + [_seconds(baseline) for _ in range(repeats // 2)]
+            name = f"train D3-Net 8x{size[0]}x{size[1]}, {precision}"
+            yield _row(f"{name}: naive / ours", "x", _ratios(plain, from_store))
+            lost = [100 * (ratio - 1) for ratio in _ratios(from_store, from_memory)]
+            yield _row(f"{name}: waiting for pictures", "%", lost)
 
 
-def _train(
-    encoder: str, size: tuple[int, int], device: str, precision: str, steps: int, compiler: str | None = None
+def _ratios(ones: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(ones, others, strict=True)]
+
+
+def _train_on(
+    net: torch.nn.Module,
+    source: Iterator[Any],
+    steps: int,
+    device: str,
+    precision: str,
+    compiler: str | None = None,
+    parts: int = 4,
 ) -> tuple[list[float], list[float]]:
-    """Train on one random batch of 8: the loss at each quarter of the steps, and the seconds of all but the first."""
-    from d3lib.losses import l1_loss
-    from d3lib.models import D3Net
-    from d3lib.training import fit
+    """Train for `parts` times `steps` steps: the loss at each part's end, and the seconds of all but the first."""
 
-    generator = torch.Generator().manual_seed(0)
-    batch = {"rgb": torch.rand((8, 3, *size), generator=generator), "valid": torch.ones(8, 1, *size, dtype=torch.bool)}
-    batch["depth"] = 1 + 8 * torch.rand((8, 1, *size), generator=generator)
-    batch = {name: images.to(device) for name, images in batch.items()}
-    net = D3Net(encoder, seed=0).to(device, memory_format=torch.channels_last)
     times: list[float] = []
 
     def look(net: torch.nn.Module) -> dict[str, float | None]:
         times.append(time.perf_counter())
         return {}
 
-    options = {"steps": steps, "evaluations": 4, "evaluate": look, "device": device, "precision": precision}
-    curve = fit(net, l1_loss, lambda start: itertools.repeat(batch), compiler=compiler, **options).curve
-    return [point["loss"] or math.nan for point in curve], [
-        after - before for before, after in itertools.pairwise(times)
-    ]
+    options = {"steps": parts * steps, "evaluations": parts, "evaluate": look, "device": device, "precision": precision}
+    curve = fit(net, l1_loss, lambda start: source, compiler=compiler, **options).curve
+    seconds = [after - before for before, after in itertools.pairwise(times)]
+    return [point["loss"] or math.nan for point in curve], seconds
+
+
+def _train(
+    encoder: str, size: Sequence[int], device: str, precision: str, steps: int, compiler: str | None = None
+) -> tuple[list[float], list[float]]:
+    """The same on one random batch of 8, in four parts."""
+    generator = torch.Generator().manual_seed(0)
+    batch = {"rgb": torch.rand((8, 3, *size), generator=generator), "valid": torch.ones(8, 1, *size, dtype=torch.bool)}
+    batch["depth"] = 1 + 8 * torch.rand((8, 1, *size), generator=generator)
+    batch = {name: images.to(device) for name, images in batch.items()}
+    net = D3Net(encoder, seed=0).to(device, memory_format=torch.channels_last)
+    return _train_on(net, itertools.repeat(batch), steps, device, precision, compiler)
+
+
+def _bench_compile(device: str) -> Iterator[Row]:
+    """Training from CUDA graphs and with `torch.compile` against the same operation by operation.
+
+    D3-Net on a GPU, a network soon translated on a CPU. One after the other, not by turns: each turn would begin with
+    compiling.
+    """
+    if device.startswith("cuda"):
+        yield from _bench_compiled(device, "densenet121", (256, 320), "bf16", 20, ("graphs", "inductor"))
+    elif shutil.which(os.environ.get("CXX", "g++")):
+        yield from _bench_compiled(device, "tiny", (96, 128), "float32", 10, ("inductor",))
 
 
 def _bench_compiled(
-    device: str, encoder: str, size: tuple[int, int], precision: str, steps: int = 40, compiler: str = "inductor"
+    device: str, encoder: str, size: tuple[int, int], precision: str, steps: int, compilers: Sequence[str]
 ) -> Iterator[Row]:
-    """Training with `torch.compile` against the same without: D3-Net on a GPU, a network soon translated on a CPU.
-
-    One after the other, not by turns: each turn would begin with compiling. On a GPU once more with CUDA graphs, which
-    start a whole pass at once: so does `TORCHINDUCTOR_CUDAGRAPHS=1`.
-    """
-    import torch._inductor.config as inductor
-
-    losses, eager = _train(encoder, size, device, precision, steps)
+    losses, plain = _train(encoder, size, device, precision, steps)
     name = f"train {'D3-Net' if encoder == 'densenet121' else encoder} 8x{size[0]}x{size[1]}, {precision}"
-    for graphs in (False, True) if device.startswith("cuda") else (False,):
+    for compiler in compilers:
         try:
-            with inductor.patch("triton.cudagraphs", graphs):
-                same, compiled = _train(encoder, size, device, precision, steps, compiler)
+            same, seconds = _train(encoder, size, device, precision, steps, compiler)
         except RuntimeError as error:  # torch's own kinds for a compiler that is missing or fails
-            raise UserError(f"torch.compile failed: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{compiler} failed: {str(error).splitlines()[0]}") from error
         # after the first quarter: later, rounding alone leads two trainings apart
-        _agree("torch.compile", same[:1], losses[:1], 5e-2 if precision == "bf16" else 1e-3)
-        what = f"{name}, torch.compile{' with CUDA graphs' if graphs else ''}: without / with"
-        yield _row(what, "x", [a / b for a, b in zip(eager, compiled, strict=True)])
+        _agree(compiler, same[:1], losses[:1], 5e-2 if precision == "bf16" else 1e-3)
+        what = "CUDA graphs" if compiler == "graphs" else f"torch.compile with {compiler}"
+        yield _row(f"{name}, {what}: without / with", "x", _ratios(plain, seconds))
 
 
 def _bench_gpu(device: str) -> Iterator[Row]:
     """What bounds a training step of D3-Net in bf16 on a GPU: its two peaks, the step's share of them, its kernels.
 
-    Time of a step is that of eager training on pictures already on the device, kernels' time is the profiler's. Nothing
-    without a GPU.
+    The pictures are on the device already; the kernels' time is the profiler's. Nothing without a GPU.
     """
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
-
-    from d3lib.models import D3Net
 
     if not device.startswith("cuda"):
         return
@@ -305,25 +331,23 @@ def _bench_gpu(device: str) -> Iterator[Row]:
     yield _rate("memory, copying 2 GiB", "GB/s", 10 * 2 * long.nbytes / 1e9, copy)
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         D3Net()(torch.empty(8, 3, 256, 320))
-    name, steps = "train D3-Net 8x256x320, bf16", 20
-    times = [quarter / (steps / 4) for quarter in _train("densenet121", (256, 320), device, "bf16", steps)[1]]
-    yield _row(f"{name}: a step", "ms", [1000 * time for time in times])
+    name, shape = "train D3-Net 8x256x320, bf16", ("densenet121", (256, 320), device, "bf16")
     work = 3 * counter.get_total_flops() / 1e12  # backwards each convolution is done twice more
-    yield _row(f"{name}: share of the matrix product's rate", "%", [100 * work / t / product["rate"] for t in times])
+    for compiler, what in ((None, "operation by operation"), ("graphs", "from CUDA graphs")):
+        times = [part / 10 for part in _train(*shape, 10, compiler)[1]]
+        yield _row(f"{name}: a step {what}", "ms", [1000 * time for time in times])
+        yield _row(
+            f"{name}: share of the product's rate, {what}", "%", [100 * work / t / product["rate"] for t in times]
+        )
     with tempfile.TemporaryDirectory() as place:
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            _train("densenet121", (256, 320), device, "bf16", 8)
+            _train(*shape, 2)
             torch.cuda.synchronize()
         seen.export_chrome_trace(f"{place}/trace.json")
         events = json.loads(Path(place, "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     kinds = _kernel_seconds(events)
     for kind, spent in kinds.items():
         yield _row(f"{name}: GPU at {kind}", "ms", [1000 * spent / 8])
-
-
-def _often(times: int, work: Callable[..., Any], *arguments: Any) -> None:
-    for _ in range(times):
-        work(*arguments)
 
 
 _KERNELS = {  # kind of work: what names of its kernels contain
@@ -348,7 +372,7 @@ def _kernel_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 def _bench_together(device: str) -> Iterator[Row]:
     """Small runs at once, sharing the cores or the GPU, against the same runs one at a time with all of them."""
     cores, on_gpu = os.cpu_count() or 1, device.startswith("cuda")
-    count, steps = (4, 100) if on_gpu else (min(cores, 8), 20)
+    count, steps = (4, 50) if on_gpu else (min(cores, 8), 5)
     if count == 1:
         return
     with concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
@@ -361,15 +385,14 @@ def _bench_together(device: str) -> Iterator[Row]:
 
 
 def _small_run(device: str, steps: int, threads: int) -> None:
-    """So many steps of a `laptop` run's size, with so many threads."""
+    """Four times so many steps of a `laptop` run's size, with so many threads."""
     torch.set_num_threads(threads)
-    _train("tiny", (96, 128), device, pick_precision("auto", device), steps)
+    _train("tiny", (96, 128), device, pick_precision("auto", device), steps, pick_compiler(device))
 
 
 def _bench_infer(device: str) -> Iterator[Row]:
     """Depth of one picture after another at 256x320, as `d3lib predict` and scoring do it."""
     from d3lib.evaluation import as_predictor
-    from d3lib.models import D3Net
 
     sample = torch.rand((8, 3, 256, 320), generator=torch.Generator().manual_seed(0)).to(device)
     plain = D3Net(seed=0).to(device).eval()
@@ -494,6 +517,7 @@ BENCHES: dict[str, Callable[[str], Iterator[Row]]] = {
     "start": _bench_start,
     "loss": _bench_loss,
     "train": _bench_train,
+    "compile": _bench_compile,
     "gpu": _bench_gpu,
     "together": _bench_together,
     "infer": _bench_infer,

@@ -147,7 +147,7 @@ def build_parser() -> Parser:
     _add_places(gate)
 
     bench = _command(commands, "bench", _bench, "measure speed against named baselines, in one run")
-    what = "start, loss, train, gpu, together, infer, eval, data, rooms, some with commas between, or all (the default)"
+    what = "start, loss, train, compile, gpu, together, infer, eval, data, rooms; several with commas; or all (default)"
     bench.add_argument("what", nargs="?", default="all", help=what)
     bench.add_argument("--json", type=Path, help="also write the figures to this file")
     bench.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -6,12 +6,11 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from d3lib.artefacts import digest_json, read_json, write_json
 from d3lib.data.loader import to_float
@@ -24,7 +23,7 @@ from d3lib.models import PatchDiscriminator
 from d3lib.provenance import TRAINING_CODE, code_digest, device_name
 from d3lib.records import read_record
 from d3lib.results import choice_of
-from d3lib.training import fit, pick_device, pick_precision
+from d3lib.training import fit, pick_compiler, pick_device, pick_precision
 
 ENOUGH = 1.0  # seconds of timed steps, after one step that warms up
 START = 10.0  # seconds to start a run's process and notebook, and to write its results
@@ -44,13 +43,17 @@ def measure(run: Run, device: str) -> dict[str, float]:
     adversary = PatchDiscriminator(ndf=run.ndf).to(device) if run.loss == "gan" else None
 
     def train(steps: int) -> float:
-        def batches(_: int) -> Iterator[dict[str, Tensor]]:
-            return itertools.repeat(batch)
+        times: list[float] = []
 
-        options = {"steps": steps, "adversary": adversary, "device": device, "precision": precision, "evaluations": 1}
-        return fit(net, build_loss("l1"), batches, **options).seconds / steps
+        def look(net: torch.nn.Module) -> dict[str, float | None]:
+            times.append(time.perf_counter())
+            return {}
 
-    train(1)
+        options = {"adversary": adversary, "device": device, "precision": precision, "compiler": pick_compiler(device)}
+        options |= {"steps": 2 * steps, "evaluations": 2, "evaluate": look}
+        fit(net, build_loss("l1"), lambda start: itertools.repeat(batch), **options)
+        return (times[1] - times[0]) / steps  # the first half warms up
+
     step = train(1)
     if step < ENOUGH / 2:
         step = train(min(20, int(ENOUGH / step)))

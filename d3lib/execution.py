@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -241,7 +242,7 @@ def execute(
         return _in_processes(run, out, data_root, device, progress)
     if started != run.gpus:
         raise UserError(f"a run of gpus {run.gpus} was started in {started} processes; make the two numbers equal")
-    pick_compiler()  # an unknown one is refused before data are prepared
+    pick_compiler(pick_device(device))  # an unknown one is refused before data are prepared
     with distributed.joined(pick_device(device)) as device:
         return _execute(run, out / run.key, data_root, device, progress if distributed.rank() == 0 else None)
 
@@ -323,7 +324,7 @@ def _train_and_score(
     run: Run, net: D3Net, sources: Sources, folder: Path, device: str, code: str, progress: Progress | None
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    precision, compiler = pick_precision(run.precision, device), pick_compiler()
+    precision, compiler = pick_precision(run.precision, device), pick_compiler(device)
     net = net.to(device, memory_format=torch.channels_last)
     adversary = PatchDiscriminator(ndf=run.ndf, seed=run.seed).to(device) if run.loss == "gan" else None
 
@@ -403,6 +404,8 @@ def _train_and_score(
             raise UserError(f"D3LIB_COMPILE={compiler}: torch.compile failed ({reason}); unset it") from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold all that filled the memory
+        net.to("cpu")
         fitting = _batch_that_fits(run, device)
         advice = f"batch_size {fitting} fits" if fitting else "no batch fits; choose a smaller height and width"
         raise UserError(f"out of memory at batch_size {run.batch_size}, {run.height}x{run.width}; {advice}") from error
@@ -471,6 +474,8 @@ def _batch_that_fits(run: Run, device: str) -> int:
     """The largest batch size, of halves of the run's, with which a step of the depth network fits; 0 if none."""
     size = run.batch_size // 2
     while size:
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
         try:
             net = build_network(dataclasses.replace(run, pretrained=False, init="")).to(device)
             net(torch.zeros(size, 3, run.height, run.width, device=device)).sum().backward()

@@ -110,7 +110,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
         "hour": Budget(
             "one large GPU, synthetic rooms at the paper's size: about an hour for the main grid",
             views={"795": 1, "12k": 4, "230k": 15},  # 2.1 GB: just what is kept in memory
-            steps=3000,
+            steps=2000,
             evaluations=10,
             seeds=3,
         ),

@@ -62,15 +62,20 @@ def pick_precision(precision: str, device: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def pick_compiler() -> str | None:
-    """The backend of `torch.compile` that the environment variable D3LIB_COMPILE names, such as inductor; else None.
+def pick_compiler(device: str) -> str | None:
+    """How a training pass runs: "graphs" on a GPU (see `fit`), else None, which is operation by operation.
 
-    As a run's device, it says how to compute and not what. Raises `UserError` for an unknown one.
+    The environment variable D3LIB_COMPILE names another way: none, graphs, or a backend of `torch.compile` such as
+    inductor. As a run's device, it says how to compute and not what. Raises `UserError` for an unknown one, and for
+    graphs where they cannot be.
     """
-    name = os.environ.get("D3LIB_COMPILE") or None
-    if name and name not in (known := ["aot_eager", *torch.compiler.list_backends()]):
-        raise UserError(f"D3LIB_COMPILE is {name!r}; torch.compile has the backends {', '.join(known)}")
-    return name
+    alone = distributed.started() == 1  # several processes exchange gradients while they go backwards
+    name = os.environ.get("D3LIB_COMPILE") or ("graphs" if device.startswith("cuda") and alone else "none")
+    if name not in (known := ["none", "graphs", "aot_eager", *torch.compiler.list_backends()]):
+        raise UserError(f"D3LIB_COMPILE is {name!r}; it may be one of {', '.join(known)}")
+    if name == "graphs" and not (device.startswith("cuda") and alone):
+        raise UserError("D3LIB_COMPILE=graphs needs a CUDA device and a single process; unset it")
+    return None if name == "none" else name
 
 
 def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -78,7 +83,8 @@ def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[A
     if precision == "float32":
         return contextlib.nullcontext()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.split(":")[0], dtype=dtype)
+    # without its cache of narrowed weights, which are used once a pass and must not outlive it in a graph
+    return torch.autocast(device.split(":")[0], dtype=dtype, cache_enabled=False)
 
 
 class Adversary:
@@ -176,9 +182,10 @@ def fit(
             function of the step, so that a resumed run sees what an uninterrupted one would have seen. In
             several processes: this one's slices, all of the same size.
         adversary: the discriminator, for `gan`: loss = adversarial term + `lam` · pixel loss.
-        compiler: let `torch.compile` translate the network's training pass with this backend, such as inductor; None:
-            run it operation by operation. The first step then takes longer, with inductor minutes; evaluation is never
-            compiled.
+        compiler: how network and pixel loss run. None: operation by operation. "graphs": on a GPU, recorded once as
+            two CUDA graphs, forwards and backwards, and replayed; all batches must be of one size. Else the backend
+            with which `torch.compile` translates the network, such as inductor. The first step then takes longer,
+            with inductor minutes; evaluation is never compiled.
         adversarial_from: with an `adversary`, train so many steps with `lam` · pixel loss alone, then start D and
             add its term: the two phases of Jung et al. (2017). 0 is the paper's single phase.
         evaluate: called at `evaluations` equally spaced steps (the last step among them); its `val_rms` chooses
@@ -201,7 +208,7 @@ def fit(
     if checkpoint is not None and checkpoint.exists():
         start = _load_checkpoint(checkpoint, identity, net, optimiser, opponent, scaler, trace)
     model: nn.Module = net
-    if compiler:
+    if compiler not in (None, "graphs"):
         torch.compiler.reset()  # or what was compiled before in this process would count against this network
         model = torch.compile(net, backend=compiler, fullgraph=True, dynamic=False)
     model = distributed.wrap(model)
@@ -213,6 +220,11 @@ def fit(
     def cast() -> contextlib.AbstractContextManager[Any]:
         return autocast(device, precision)
 
+    def forwards(rgb: Tensor, depth: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        with cast():
+            pred = model(rgb)  # (B, 1, H, W), metres
+            return pred, pixel_loss(*map(distributed.gather, (pred, depth, valid)))
+
     net.train()
     clock = saved = time.perf_counter()
     spent = 0.0  # in optimiser steps of this process
@@ -220,16 +232,17 @@ def fit(
     bad = torch.zeros((), dtype=torch.int64, device=device)  # the first step whose loss was not finite
     for step in range(start + 1, steps + 1):
         batch = next(source)
-        with cast():
-            pred = model(batch["rgb"])  # (B, 1, H, W), metres
+        seen = batch["rgb"], batch["depth"], batch["valid"]
+        if compiler == "graphs" and step == start + 1:
+            forwards = _recorded(net, forwards, seen)
+        pred, loss = forwards(*seen)
         contested = opponent is not None and step > adversarial_from
         if contested:
             logs |= opponent.learn(pred, batch, cast, scaler)
-        with cast():
-            loss = pixel_loss(*map(distributed.gather, (pred, batch["depth"], batch["valid"])))
-            if opponent is not None:
-                loss = lam * loss
-            if contested:
+        if opponent is not None:
+            loss = lam * loss
+        if contested:
+            with cast():
                 loss = opponent.penalty(pred, batch) + loss
         optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -266,6 +279,23 @@ def fit(
             raise StoppedError(f"stopped at step {step} of {steps}; the same command continues from there")
         clock = time.perf_counter()
     return trace
+
+
+def _recorded(
+    net: nn.Module, forwards: Callable[..., tuple[Tensor, Tensor]], sample: tuple[Tensor, ...]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`forwards` of tensors like `sample`, and its way back, as two CUDA graphs: a processor starts each as one piece.
+
+    Piece by piece, it would start some thousand operations in every step, and take longer than the GPU to do them.
+    """
+    whole = nn.Module()  # what is recorded, with the parameters that gradients are for
+    whole.net, whole.forward = net, forwards
+    before = [buffer.clone() for buffer in net.buffers()]
+    replayed = torch.cuda.make_graphed_callables(whole, tuple(x.clone() for x in sample))
+    with torch.no_grad():
+        for buffer, value in zip(net.buffers(), before, strict=True):
+            buffer.copy_(value)  # the passes that warmed up have moved the running statistics
+    return replayed
 
 
 def _save_checkpoint(

@@ -88,11 +88,11 @@ def test_a_row_that_cannot_be_measured_costs_no_other_row(tmp_path, monkeypatch,
 
 
 def test_compiled_training_is_raced_against_the_same_without_and_a_failing_compiler_is_one_line():
-    size = ("tiny", (32, 48), "float32")
-    (row,) = bench._bench_compiled("cpu", *size, steps=4, compiler="aot_eager")
-    assert row["name"].endswith("torch.compile: without / with") and 0 < row["low"] <= row["high"]
-    with pytest.raises(UserError, match="torch.compile failed: .*nowhere"):
-        list(bench._bench_compiled("cpu", *size, steps=4, compiler="nowhere"))
+    size = ("tiny", (32, 48), "float32", 1)
+    (row,) = bench._bench_compiled("cpu", *size, ["aot_eager"])
+    assert row["name"].endswith("with aot_eager: without / with") and 0 < row["low"] <= row["high"]
+    with pytest.raises(UserError, match="nowhere failed: .*nowhere"):
+        list(bench._bench_compiled("cpu", *size, ["nowhere"]))
 
 
 def test_kinds_of_kernels_add_up_to_the_trace():

@@ -128,9 +128,9 @@ def deterministic(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
-@pytest.mark.parametrize("adversarial", [False, True])
-def test_training_cut_off_and_resumed_equals_training_never_cut(precision, adversarial, deterministic, tmp_path):
-    options = {"adversarial": adversarial, "precision": precision}
+@pytest.mark.parametrize(("adversarial", "compiler"), [(False, None), (True, None), (True, "graphs")])
+def test_training_cut_off_and_resumed_is_training_never_cut(precision, adversarial, compiler, deterministic, tmp_path):
+    options = {"adversarial": adversarial, "precision": precision, "compiler": compiler}
     expected = train(**options)
     cut = {"checkpoint": tmp_path / "checkpoint.pt", "identity": "x"}
     answers = iter([False, True])
@@ -141,16 +141,30 @@ def test_training_cut_off_and_resumed_equals_training_never_cut(precision, adver
     assert all(torch.equal(found[1][name], x) for name, x in expected[1].items())
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_the_bits_train_nearly_as_float32(precision):
-    narrow, wide = (train(precision=name, encoder="densenet121")[0] for name in (precision, "float32"))
-    assert narrow == pytest.approx(wide, rel=0.05)
+@pytest.mark.parametrize(("precision", "steps"), [("bf16", 6), ("fp16", 60)])
+def test_half_the_bits_train_nearly_as_float32(precision, steps):
+    # float16 leaves out its first steps, until it has found a scale at which no gradient overflows
+    narrow, wide = (train(precision=name, encoder="densenet121", steps=steps)[0][-1] for name in (precision, "float32"))
+    assert narrow == pytest.approx(wide, rel=0.05 if precision == "bf16" else 0.25)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 @pytest.mark.parametrize("adversarial", [False, True])
-def test_training_from_captured_graphs_is_the_same_training(adversarial):
-    plain, graphs = (train(adversarial=adversarial, compiler=compiler, steps=9)[0] for compiler in (None, "cudagraphs"))
-    assert graphs == pytest.approx(plain, rel=0.02)
+def test_training_from_recorded_graphs_is_the_same_training_to_the_last_bit(adversarial, precision, deterministic):
+    options = {"adversarial": adversarial, "precision": precision}
+    plain, graphs = (train(**options, compiler=compiler) for compiler in (None, "graphs"))
+    assert graphs[0] == plain[0]
+    assert all(torch.equal(graphs[1][name], x) for name, x in plain[1].items())
+
+
+@pytest.mark.parametrize("loss", ["eigen", "eigengrad", "berhu", "huber"])
+def test_every_loss_can_be_recorded(loss):
+    curves = []
+    for compiler in (None, "graphs"):
+        net = D3Net("tiny", seed=0).to(DEVICE, memory_format=torch.channels_last)
+        options = {"steps": 4, "evaluations": 4, "device": DEVICE, "compiler": compiler, "clip_norm": 1.0}
+        curves.append([point["loss"] for point in fit(net, build_loss(loss), scenes, **options).curve])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-2)
 
 
 @pytest.mark.parametrize("loss", ["l1", "eigengrad", "gan"])
@@ -159,6 +173,7 @@ def test_a_run_on_a_gpu_says_so_and_its_weights_predict_on_a_cpu(loss, tmp_path)
     record = execute(run, tmp_path / "drill", tmp_path / "data", device="auto")
     made = record["provenance"]
     assert made["device_kind"] == "cuda" and made["device"] == torch.cuda.get_device_name()
+    assert made["compiler"] == "graphs"
     assert made["precision"] == pick_precision("auto", DEVICE) and 10**7 < made["peak_memory_bytes"] < 10**10
     assert all(np.isfinite(list(numbers(scores))).all() for scores in record["metrics"]["chosen"].values())
     net, _ = load_network(tmp_path / "drill" / run.key / "weights.safetensors")

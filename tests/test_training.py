@@ -235,9 +235,20 @@ def test_compiled_training_is_the_same_training_also_when_cut_off_and_resumed(pr
 
 def test_the_compiler_comes_from_the_environment_and_an_unknown_one_is_refused(monkeypatch):
     monkeypatch.delenv("D3LIB_COMPILE", raising=False)
-    assert pick_compiler() is None
-    monkeypatch.setenv("D3LIB_COMPILE", "inductor")
-    assert pick_compiler() == "inductor"
-    monkeypatch.setenv("D3LIB_COMPILE", "gcc")
-    with pytest.raises(UserError, match="D3LIB_COMPILE is 'gcc'"):
-        pick_compiler()
+    assert (pick_compiler("cpu"), pick_compiler("cuda:0")) == (None, "graphs")
+    for name, found in {"inductor": "inductor", "none": None}.items():
+        monkeypatch.setenv("D3LIB_COMPILE", name)
+        assert pick_compiler("cpu") == pick_compiler("cuda") == found
+    for name, what in {"gcc": "D3LIB_COMPILE is 'gcc'", "graphs": "graphs needs a CUDA device"}.items():
+        monkeypatch.setenv("D3LIB_COMPILE", name)
+        with pytest.raises(UserError, match=what):
+            pick_compiler("cpu")
+
+
+def test_several_processes_record_no_graphs(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    assert pick_compiler("cuda") is None
+    monkeypatch.setenv("D3LIB_COMPILE", "graphs")
+    with pytest.raises(UserError, match="a single process"):
+        pick_compiler("cuda")

@@ -26,7 +26,7 @@ def again(record, out):
     from d3lib.execution import execute
 
     torch.set_num_threads(record["provenance"]["threads"])
-    os.environ["D3LIB_COMPILE"] = record["provenance"].get("compiler") or ""
+    os.environ["D3LIB_COMPILE"] = record["provenance"].get("compiler") or "none"
     return execute(make_run(**record["run"]), out, data_folder())
 
 
