@@ -57,7 +57,7 @@ def bench(what: str = "all", json_path: Path | None = None, device: str = "auto"
         machine["native_bf16"] = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     print(f"{machine['device']}, {'with' if machine['native_bf16'] else 'no'} native bfloat16, ", end="")
     print(f"{machine['threads']} threads, torch {machine['versions'].get('torch')}", flush=True)
-    rows = []
+    rows: list[Row] = []
     for name in names:
         try:
             for row in BENCHES[name](device):
@@ -68,8 +68,8 @@ def bench(what: str = "all", json_path: Path | None = None, device: str = "auto"
             if len(names) == 1:
                 raise
             print(f"{name}: {error}")
-    if json_path is not None:
-        write_json(json_path, {"rows": rows, "provenance": machine}, format="d3lib-bench", version=2)
+        if json_path is not None:  # each time: who is cut off keeps what was measured
+            write_json(json_path, {"rows": rows, "provenance": machine}, format="d3lib-bench", version=2)
     return rows
 
 

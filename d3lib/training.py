@@ -291,6 +291,8 @@ def _recorded(
     whole = nn.Module()  # what is recorded, with the parameters that gradients are for
     whole.net, whole.forward = net, forwards
     before = [buffer.clone() for buffer in net.buffers()]
+    if quiet := getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None):
+        quiet(False)  # recorded on a stream of its own, as it must be
     replayed = torch.cuda.make_graphed_callables(whole, tuple(x.clone() for x in sample))
     with torch.no_grad():
         for buffer, value in zip(net.buffers(), before, strict=True):

@@ -158,7 +158,7 @@ def test_training_from_recorded_graphs_is_the_same_training_to_the_last_bit(adve
 
 
 @pytest.mark.parametrize("loss", ["eigen", "eigengrad", "berhu", "huber"])
-def test_every_loss_can_be_recorded(loss):
+def test_every_loss_can_be_recorded(loss, deterministic):
     curves = []
     for compiler in (None, "graphs"):
         net = D3Net("tiny", seed=0).to(DEVICE, memory_format=torch.channels_last)

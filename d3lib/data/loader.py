@@ -52,11 +52,8 @@ def train_batches(
     chosen = choose_frames(len(dataset), frames)
     steps = (step[share] for step in batch_indices(chosen, batch_size, seed, start_step))
     for step, batch in enumerate(_fetch(dataset, steps, workers, device), start_step):
-        if flip:  # on the device, while pictures are still bytes
-            mirrored = np.flatnonzero(_random(seed, _FLIP, step, batch_size)[share] >> np.uint64(63))
-            for images in batch.values():
-                for row in mirrored.tolist():  # in place: many times faster than a masked copy of the batch
-                    images[row] = images[row].flip(-1)
+        if flip:
+            _mirror(batch, (_random(seed, _FLIP, step, batch_size)[share] >> np.uint64(63)).astype(bool))
         yield _finish(batch, size)
 
 
@@ -126,6 +123,17 @@ def resize_sample(sample: Mapping[str, torch.Tensor], size: tuple[int, int]) -> 
 def to_float(rgb: torch.Tensor) -> torch.Tensor:
     """uint8 0 .. 255 → float32 0 .. 1."""
     return rgb.float().div_(255)  # one conversion and one pass in place: twice as fast as rgb / 255
+
+
+def _mirror(batch: Batch, chosen: np.ndarray) -> None:
+    """Mirror the `chosen` (B,) samples left-right: on the device, while pictures are still bytes."""
+    for name, images in batch.items():
+        if images.device.type == "cpu":  # in place: many times faster than a masked copy of the batch
+            for row in np.flatnonzero(chosen).tolist():
+                images[row] = images[row].flip(-1)
+        else:  # two operations whatever the batch: there, starting one takes longer than doing it
+            mask = torch.from_numpy(chosen).to(images.device, non_blocking=True)
+            batch[name] = torch.where(mask[:, None, None, None], images.flip(-1), images)
 
 
 def _random(seed: int, stream: int, number: int, count: int) -> np.ndarray:
