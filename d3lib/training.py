@@ -71,8 +71,9 @@ def pick_compiler(device: str) -> str | None:
     """
     alone = distributed.started() == 1  # several processes exchange gradients while they go backwards
     name = os.environ.get("D3LIB_COMPILE") or ("graphs" if device.startswith("cuda") and alone else "none")
-    if name not in (known := ["none", "graphs", "aot_eager", *torch.compiler.list_backends()]):
-        raise UserError(f"D3LIB_COMPILE is {name!r}; it may be one of {', '.join(known)}")
+    if name not in (own := ["none", "graphs", "aot_eager"]) and name not in torch.compiler.list_backends():
+        known = ", ".join([*own, *torch.compiler.list_backends()])  # asked only now: it takes seconds to import
+        raise UserError(f"D3LIB_COMPILE is {name!r}; it may be one of {known}")
     if name == "graphs" and not (device.startswith("cuda") and alone):
         raise UserError("D3LIB_COMPILE=graphs needs a CUDA device and a single process; unset it")
     return None if name == "none" else name
