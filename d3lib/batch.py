@@ -248,7 +248,7 @@ def make_plan(
 
     Folders of a former plan in the same place are kept where none are given.
     """
-    pick_compiler(pick_device())  # an unknown one is refused once, not by every run
+    pick_compiler("cuda")  # an unknown one is refused once, not by every run; this machine may only plan
     former = read_plan(budget, out)
     root = (data_root or Path(former.get("data_root", out / "data"))).resolve()
     folder = str(pictures.resolve()) if pictures else former.get("pictures")

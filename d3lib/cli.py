@@ -59,6 +59,9 @@ def build_parser() -> Parser:
     rooms.add_argument("--size", type=_size, default=(96, 128), metavar="HxW", help="default: 96x128")
     _add_out(rooms)
     rooms.add_argument("--shading", default="full", help="full, flat or constant_albedo (default: full)")
+    rooms.add_argument(
+        "--device", default="cpu", help="what renders: cpu (default), the same pixels everywhere, or cuda"
+    )
     nyu = _command(data, "nyu-labeled", _data_nyu_labelled, "NYU's labelled file: 795 training and 654 test frames")
     where = nyu.add_mutually_exclusive_group(required=True)
     where.add_argument("file", nargs="?", type=Path, metavar="PATH.mat", help="nyu_depth_v2_labeled.mat, 3 GB")
@@ -215,11 +218,11 @@ def _run_of(options: argparse.Namespace) -> Run:
 def _data_rooms(options: argparse.Namespace) -> None:
     from d3lib.data import rooms
     from d3lib.data.prepare import RoomsStore
-    from d3lib.training import progress_line
+    from d3lib.training import pick_device, progress_line
 
     scenes = len(rooms.scene_seeds(options.split)) if options.scenes is None else options.scenes
     prepared = RoomsStore(options.out / "data", options.split, scenes, options.views, *options.size, options.shading)
-    store = prepared.open(progress_line())
+    store = prepared.open(progress_line(), pick_device(options.device))
     print(f"{prepared.folder}: {len(store)} frames, digest {store.digest[:16]}")
 
 

@@ -49,7 +49,8 @@ def measure(run: Run, device: str) -> dict[str, float]:
             times.append(time.perf_counter())
             return {}
 
-        options = {"adversary": adversary, "device": device, "precision": precision, "compiler": pick_compiler(device)}
+        compiler = pick_compiler(device) if run.gpus == 1 else None
+        options = {"adversary": adversary, "device": device, "precision": precision, "compiler": compiler}
         options |= {"steps": 2 * steps, "evaluations": 2, "evaluate": look}
         fit(net, build_loss("l1"), lambda start: itertools.repeat(batch), **options)
         return (times[1] - times[0]) / steps  # the first half warms up
@@ -91,6 +92,7 @@ def seconds_of(runs: Iterable[Run], out: Path, device: str = "auto") -> dict[str
         done |= recorded(all_runs(budget, data=data).values(), out / budget, device)
     path = out / "throughput.json"
     here = digest_json([device_name(device), torch.get_num_threads(), torch.__version__, code_digest(*TRAINING_CODE)])
+    here = digest_json([here, pick_compiler(device)])
     try:
         known = read_json(path, format="d3lib-throughput")
     except UserError:

@@ -365,7 +365,8 @@ def _train_and_score(
             world=distributed.world(),
         )
 
-    identity = " ".join([run.key, code, sources.digest, *([compiler] if compiler else [])])
+    # from graphs or without, the same kernels run: a checkpoint of the one goes on as the other
+    identity = " ".join([run.key, code, sources.digest, *([] if compiler in (None, "graphs") else [compiler])])
     checkpoint = folder / f"checkpoint-{digest_json(identity)[:8]}.pt"
     for old in set(folder.glob("checkpoint*.pt")) - {checkpoint}:
         old.unlink(missing_ok=True)  # of other code or other data: nothing can continue from it
@@ -406,6 +407,7 @@ def _train_and_score(
             raise
         traceback.clear_frames(error.__traceback__)  # they hold all that filled the memory
         net.to("cpu")
+        gc.collect()  # what was recorded refers to itself
         fitting = _batch_that_fits(run, device)
         advice = f"batch_size {fitting} fits" if fitting else "no batch fits; choose a smaller height and width"
         raise UserError(f"out of memory at batch_size {run.batch_size}, {run.height}x{run.width}; {advice}") from error
@@ -475,6 +477,7 @@ def _batch_that_fits(run: Run, device: str) -> int:
     size = run.batch_size // 2
     while size:
         if device.startswith("cuda"):
+            gc.collect()
             torch.cuda.empty_cache()
         try:
             net = build_network(dataclasses.replace(run, pretrained=False, init="")).to(device)

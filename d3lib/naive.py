@@ -120,9 +120,8 @@ def batches(data: Pictures, batch_size: int, workers: int, device: str = "cpu") 
             yield {key: value.to(device) for key, value in batch.items()}
 
 
-def train(net: nn.Module, source: Iterator[dict[str, Tensor]], steps: int) -> float:
-    """The tutorials' loop: float32, contiguous, Adam, L1 masked by multiplication, the loss read at each step."""
-    optimiser = torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999))
+def train(net: nn.Module, optimiser: torch.optim.Optimizer, source: Iterator[dict[str, Tensor]], steps: int) -> float:
+    """The tutorials' loop: float32, contiguous, L1 masked by multiplication, the loss read at each step."""
     net.train()
     shown = 0.0
     for _ in range(steps):

@@ -7,6 +7,7 @@ several processes, the same loop runs in each of them on its slice of every batc
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import re
@@ -288,7 +289,11 @@ def _recorded(
     """`forwards` of tensors like `sample`, and its way back, as two CUDA graphs: a processor starts each as one piece.
 
     Piece by piece, it would start some thousand operations in every step, and take longer than the GPU to do them.
+    Meanwhile nothing else may use the GPU, such as a thread that reads ahead into pinned memory.
+
+    The replay raises ValueError for tensors of other shapes.
     """
+    gc.collect()  # of a network before this one: what was recorded refers to itself
     whole = nn.Module()  # what is recorded, with the parameters that gradients are for
     whole.net, whole.forward = net, forwards
     before = [buffer.clone() for buffer in net.buffers()]
@@ -298,7 +303,14 @@ def _recorded(
     with torch.no_grad():
         for buffer, value in zip(net.buffers(), before, strict=True):
             buffer.copy_(value)  # the passes that warmed up have moved the running statistics
-    return replayed
+    shapes = [x.shape for x in sample]
+
+    def replay(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        if [x.shape for x in tensors] != shapes:  # a smaller one would be spread over the recorded one's memory
+            raise ValueError(f"recorded for {shapes}, and given {[x.shape for x in tensors]}: give batches of one size")
+        return replayed(*tensors)
+
+    return replay
 
 
 def _save_checkpoint(

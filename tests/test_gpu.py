@@ -1,5 +1,6 @@
 """On a GPU: the same losses, metrics and networks as on a CPU, training in each precision, resumed and compiled."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -151,10 +152,20 @@ def test_half_the_bits_train_nearly_as_float32(precision, steps):
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 @pytest.mark.parametrize("adversarial", [False, True])
 def test_training_from_recorded_graphs_is_the_same_training_to_the_last_bit(adversarial, precision, deterministic):
-    options = {"adversarial": adversarial, "precision": precision}
+    options = {"adversarial": adversarial, "precision": precision, "clip_norm": 0.5}
+    options |= {"adversarial_from": 3} if adversarial else {}
     plain, graphs = (train(**options, compiler=compiler) for compiler in (None, "graphs"))
     assert graphs[0] == plain[0]
     assert all(torch.equal(graphs[1][name], x) for name, x in plain[1].items())
+
+
+def test_what_was_recorded_refuses_a_batch_of_another_size():
+    def shrinking(start):
+        return ({name: x[: 4 - step] for name, x in batch.items()} for step, batch in enumerate(scenes(start)))
+
+    net = D3Net("tiny", seed=0).to(DEVICE, memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="give batches of one size"):
+        fit(net, build_loss("l1"), shrinking, steps=2, device=DEVICE, compiler="graphs")
 
 
 @pytest.mark.parametrize("loss", ["eigen", "eigengrad", "berhu", "huber"])
@@ -198,11 +209,9 @@ def test_a_run_told_to_stop_goes_on_where_it_was(tmp_path):
     assert int(first.split()[1].split("/")[0]) > 50 and State(folder).read()[0] == "done"
 
 
-def test_rooms_are_rendered_by_the_gpu_and_near_those_of_the_cpu(tmp_path, monkeypatch):
-    stores = []
-    for there in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        stores.append(RoomsStore(tmp_path / str(there), "train", 3, 2, 64, 96).open())
+def test_rooms_are_rendered_by_the_gpu_and_near_those_of_the_cpu(tmp_path):
+    stores = [RoomsStore(tmp_path / name, "train", 3, 2, 64, 96).open(device=name) for name in (DEVICE, "cpu")]
+    assert stores[0].digest != stores[1].digest, "not rendered by the GPU?"
     ours, plain = (store.__getitems__(range(6)) for store in stores)
     assert ((ours["rgb"].int() - plain["rgb"].int()).abs() > 1).float().mean() <= 1e-3
     assert ((ours["exact"] - plain["exact"]).abs() > 1.5e-3).float().mean() <= 1e-3  # a store keeps whole millimetres
@@ -212,8 +221,11 @@ def test_a_batch_too_large_for_the_gpu_is_one_line_that_says_what_fits(tmp_path)
     torch.cuda.set_per_process_memory_fraction(2e9 / torch.cuda.get_device_properties(0).total_memory)
     try:
         run = make_run("drill", encoder="densenet121", batch_size=16, height=256, width=320, steps=1)
-        with pytest.raises(UserError, match="out of memory at batch_size 16, 256x320; batch_size [1248] fits"):
+        with pytest.raises(UserError, match="out of memory at batch_size 16, 256x320; batch_size [1248] fits") as error:
             execute(run, tmp_path / "drill", tmp_path / "data", device=DEVICE)
+        advised = int(str(error.value).split("batch_size ")[2].split()[0])
+        small = dataclasses.replace(run, batch_size=max(1, advised // 2))  # training needs more than the pass tried
+        execute(small, tmp_path / "drill", tmp_path / "data", device=DEVICE)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()

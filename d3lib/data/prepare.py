@@ -31,7 +31,8 @@ MEMORY = 2**31  # bytes; a store smaller than this is read once and kept in memo
 BYTES_A_PIXEL = 7  # rgb, depth and exact depth
 BESIDE_THE_PICTURES = ("d3lib.errors", "d3lib.artefacts", "d3lib.data.rooms.recording")  # change no rendered pixel
 FILL_BATCH = 256  # frames given to the processes that fill at once
-RENDER_BATCH = {"cpu": 16, "cuda": 64}  # frames rendered at once; more is no faster and costs memory
+RENDER_BATCH = 16  # frames a process renders at once; more is no faster on a CPU and costs memory
+GPU_BATCH = 64  # frames a GPU renders at once
 REPORT_EVERY = 5.0  # seconds between two lines of progress
 
 Progress = Callable[[str], None]
@@ -121,20 +122,23 @@ class RoomsStore:
         """One per frame."""
         return [f"{seed}-{view:04d}" for seed, view in self.frames]
 
-    def open(self, progress: Progress | None = None) -> shards.Store:
-        """The store, rendered first if it is missing or was rendered by other code."""
-        return open_or_make(self.folder, self.source, self.names, self._rendered(), progress)
+    def open(self, progress: Progress | None = None, device: str = "cpu") -> shards.Store:
+        """The store, rendered first if it is missing or was rendered by other code.
 
-    def _rendered(self) -> Iterator[Mapping[str, Tensor]]:
-        """All frames: by a GPU where there is one, as long as its memory does, else by the processor's cores."""
+        Processors render the same pixels everywhere; on a CUDA `device` it is faster, and some differ a little.
+        """
+        return open_or_make(self.folder, self.source, self.names, self._rendered(device), progress)
+
+    def _rendered(self, device: str) -> Iterator[Mapping[str, Tensor]]:
         frames, size = self.frames, (self.height, self.width)
-        with contextlib.suppress(torch.OutOfMemoryError):
-            while frames and torch.cuda.is_available():
-                batch = rooms.render(frames[: RENDER_BATCH["cuda"]], size, "cuda", self.shading)
-                yield {key: images.cpu() for key, images in batch.items()}
-                frames = frames[len(batch["rgb"]) :]
-        if frames:
-            yield from rooms.stream(frames, size, RENDER_BATCH["cpu"], self.shading)
+        if device == "cpu":
+            yield from rooms.stream(frames, size, RENDER_BATCH, self.shading)
+            return
+        for start in range(0, len(frames), GPU_BATCH):
+            try:
+                yield rooms.render(frames[start : start + GPU_BATCH], size, device, self.shading)
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"{self.folder}: too little memory on {device}; render with --device cpu") from error
 
 
 @dataclass(frozen=True)
