@@ -10,7 +10,6 @@ import concurrent.futures
 import functools
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -30,11 +29,12 @@ import torch
 
 from d3lib import naive
 from d3lib.artefacts import write_json
+from d3lib.costs import train_in_parts
 from d3lib.errors import UserError
-from d3lib.losses import build_loss, generator_loss, l1_loss
+from d3lib.losses import build_loss, generator_loss
 from d3lib.models import D3Net
 from d3lib.provenance import collect
-from d3lib.training import autocast, fit, pick_compiler, pick_device, pick_precision
+from d3lib.training import autocast, pick_compiler, pick_device, pick_precision
 
 REPEATS = 5
 Row = dict[str, Any]
@@ -150,7 +150,6 @@ def _bench_rooms(device: str) -> Iterator[Row]:
 
 def _bench_loss(device: str) -> Iterator[Row]:
     """Each loss forwards and backwards at 8x256x320 with a mask, and as a part of a training step of D3-Net."""
-
     generator = torch.Generator().manual_seed(0)
     shape = (8, 1, 256, 320)
     target, noise = 1 + 8 * torch.rand(shape, generator=generator), torch.rand(shape, generator=generator)
@@ -235,10 +234,12 @@ def _bench_train(device: str) -> Iterator[Row]:
                 _agree(f"D3-Net in {precision}", net.eval()(sample).float().cpu(), expected, tolerance)
             source = train_batches(store, frames=None, batch_size=8, seed=0, device=device)
             cached = itertools.cycle([next(source) for _ in range(2)])
-            ours = partial(_train_on, net, steps=steps, device=device, precision=precision, parts=repeats + 1)
+            options = {"device": device, "precision": precision, "compiler": pick_compiler(device)}
             baseline()
             before = [_seconds(baseline) for _ in range(repeats // 2)]
-            from_store, from_memory = (ours(s, compiler=pick_compiler(device))[1] for s in (source, cached))
+            from_store, from_memory = (
+                train_in_parts(net, batches, repeats + 1, steps, **options)[1] for batches in (source, cached)
+            )
             plain = before + [_seconds(baseline) for _ in range(repeats // 2)]
             name = f"train D3-Net 8x{size[0]}x{size[1]}, {precision}"
             yield _row(f"{name}: naive / ours", "x", _ratios(plain, from_store))
@@ -250,39 +251,17 @@ def _ratios(ones: Sequence[float], others: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(ones, others, strict=True)]
 
 
-def _train_on(
-    net: torch.nn.Module,
-    source: Iterator[Any],
-    steps: int,
-    device: str,
-    precision: str,
-    compiler: str | None = None,
-    parts: int = 4,
-) -> tuple[list[float], list[float]]:
-    """Train for `parts` times `steps` steps: the loss at each part's end, and the seconds of all but the first."""
-
-    times: list[float] = []
-
-    def look(net: torch.nn.Module) -> dict[str, float | None]:
-        times.append(time.perf_counter())
-        return {}
-
-    options = {"steps": parts * steps, "evaluations": parts, "evaluate": look, "device": device, "precision": precision}
-    curve = fit(net, l1_loss, lambda start: source, compiler=compiler, **options).curve
-    seconds = [after - before for before, after in itertools.pairwise(times)]
-    return [point["loss"] or math.nan for point in curve], seconds
-
-
 def _train(
     encoder: str, size: Sequence[int], device: str, precision: str, steps: int, compiler: str | None = None
 ) -> tuple[list[float], list[float]]:
-    """The same on one random batch of 8, in four parts."""
+    """`train_in_parts` of a new network on one random batch of 8 pictures of `size` (H, W), in four parts."""
     generator = torch.Generator().manual_seed(0)
     batch = {"rgb": torch.rand((8, 3, *size), generator=generator), "valid": torch.ones(8, 1, *size, dtype=torch.bool)}
     batch["depth"] = 1 + 8 * torch.rand((8, 1, *size), generator=generator)
     batch = {name: images.to(device) for name, images in batch.items()}
     net = D3Net(encoder, seed=0).to(device, memory_format=torch.channels_last)
-    return _train_on(net, itertools.repeat(batch), steps, device, precision, compiler)
+    options = {"device": device, "precision": precision, "compiler": compiler}
+    return train_in_parts(net, itertools.repeat(batch), 4, steps, **options)
 
 
 def _bench_compile(device: str) -> Iterator[Row]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from d3lib.artefacts import digest_json, read_json, write_json
 from d3lib.data.loader import to_float
@@ -18,12 +20,12 @@ from d3lib.errors import UserError
 from d3lib.evaluation import as_predictor
 from d3lib.execution import CURVE_FRAMES, EVAL_BATCH, build_network
 from d3lib.experiments import BUDGETS, Run, all_runs, manifest
-from d3lib.losses import build_loss
-from d3lib.models import PatchDiscriminator
+from d3lib.losses import l1_loss
+from d3lib.models import D3Net, PatchDiscriminator
 from d3lib.provenance import TRAINING_CODE, code_digest, device_name
 from d3lib.records import read_record
 from d3lib.results import choice_of
-from d3lib.training import fit, pick_compiler, pick_device, pick_precision
+from d3lib.training import Batch, fit, pick_compiler, pick_device, pick_precision
 
 ENOUGH = 1.0  # seconds of timed steps, after one step that warms up
 START = 10.0  # seconds to start a run's process and notebook, and to write its results
@@ -43,17 +45,9 @@ def measure(run: Run, device: str) -> dict[str, float]:
     adversary = PatchDiscriminator(ndf=run.ndf).to(device) if run.loss == "gan" else None
 
     def train(steps: int) -> float:
-        times: list[float] = []
-
-        def look(net: torch.nn.Module) -> dict[str, float | None]:
-            times.append(time.perf_counter())
-            return {}
-
         compiler = pick_compiler(device) if run.gpus == 1 else None
         options = {"adversary": adversary, "device": device, "precision": precision, "compiler": compiler}
-        options |= {"steps": steps + 1, "evaluations": steps + 1, "evaluate": look}
-        fit(net, build_loss("l1"), lambda start: itertools.repeat(batch), **options)
-        return (times[-1] - times[0]) / steps  # the first one warms up
+        return sum(train_in_parts(net, itertools.repeat(batch), steps + 1, 1, **options)[1]) / steps
 
     step = train(1)
     if step < ENOUGH / 2:
@@ -62,6 +56,25 @@ def measure(run: Run, device: str) -> dict[str, float]:
     start = time.perf_counter()
     predict(batch["rgb"]).cpu()
     return {"step": step, "image": (time.perf_counter() - start) / run.batch_size}
+
+
+def train_in_parts(
+    net: D3Net, source: Iterator[Batch], parts: int, steps: int, **options: Any
+) -> tuple[list[float], list[float]]:
+    """Train with L1 for `parts` times `steps` steps: the loss at each part's end, and the seconds of all but the first.
+
+    The first part warms up, compiles and records. `options` are those of `fit`.
+    """
+    times: list[float] = []
+
+    def look(net: nn.Module) -> dict[str, float | None]:
+        times.append(time.perf_counter())
+        return {}
+
+    options |= {"steps": parts * steps, "evaluations": parts, "evaluate": look}
+    curve = fit(net, l1_loss, lambda start: source, **options).curve
+    seconds = [after - before for before, after in itertools.pairwise(times)]
+    return [point["loss"] or math.nan for point in curve], seconds
 
 
 def kind_of(run: Run, **other: Any) -> Run:
@@ -91,8 +104,15 @@ def seconds_of(runs: Iterable[Run], out: Path, device: str = "auto") -> dict[str
     for budget, data in {(run.budget, run.data) for run in runs if run.data in ("rooms", "nyu")}:
         done |= recorded(all_runs(budget, data=data).values(), out / budget, device)
     path = out / "throughput.json"
-    here = digest_json([device_name(device), torch.get_num_threads(), torch.__version__, code_digest(*TRAINING_CODE)])
-    here = digest_json([here, pick_compiler(device)])
+    here = digest_json(
+        [
+            device_name(device),
+            torch.get_num_threads(),
+            torch.__version__,
+            code_digest(*TRAINING_CODE),
+            pick_compiler(device),
+        ]
+    )
     try:
         known = read_json(path, format="d3lib-throughput")
     except UserError:

@@ -40,7 +40,7 @@ class Budget:
     steps: int = 12000  # optimiser steps of one run of the main grid
     encoders: Mapping[str, int] = dataclasses.field(default_factory=dict)  # what is less where encoders are compared
     beyond: Mapping[str, int] = dataclasses.field(default_factory=dict)  # what is less in the runs beyond the paper
-    some: tuple[str, ...] = LOSSES  # the losses tried on other encoders and at other learning rates
+    side_losses: tuple[str, ...] = LOSSES  # the losses tried on other encoders and at other learning rates
     train_scenes: int = 249  # rooms: how many of the 249 training scenes
     val_scenes: int = 25  # rooms: how many of the 25 validation scenes
     test_scenes: int = 215  # rooms: how many of the 215 test scenes, and of the 215 unseen ones
@@ -83,7 +83,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             steps=64,
             encoders={"steps": 2, "height": 48, "width": 64, "evaluations": 1},
             beyond={"steps": 8, "evaluations": 2},
-            some=("l1", "eigen", "gan"),
+            side_losses=("l1", "eigen", "gan"),
             train_scenes=83,
             val_scenes=8,
             test_scenes=24,
@@ -339,7 +339,7 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
         make_run(budget, loss=loss, train_set="12k", encoder=encoder, seed=seed, data=data, **row.encoders)
         for seed in range(row.seeds)
         for encoder in ("densenet121", "resnet50")
-        for loss in row.some
+        for loss in row.side_losses
     )
     beyond_steps = row.beyond.get("steps", row.steps)
     equal_epochs = max(1, round(beyond_steps * row.views["795"] / row.views["12k"]))
@@ -359,7 +359,8 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
         Item("pooled", "Does it matter that eigen is formed per image and not over the batch?",
              runs(("eigen",), pooled=True)),
         Item("rate", "Does one learning rate for all losses favour one of them?",
-             tuple(run for factor in (0.5, 2) for run in runs(row.some, learning_rate=factor * row.learning_rate))),
+             tuple(run for factor in (0.5, 2)
+                   for run in runs(row.side_losses, learning_rate=factor * row.learning_rate))),
         Item("lam_gan", "How much L1 does the adversarial loss need?",
              tuple(run for lam in (0.0, 2.0, 200.0) for run in runs(("gan",), lam=lam))),
         Item("lam_eigen", "How much scale invariance is good?",
