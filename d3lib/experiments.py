@@ -290,6 +290,7 @@ FIGURE_PAGES: Mapping[str, str] = types.MappingProxyType(
 )
 """The notebooks that draw figures and tables from records, below `book/`; each takes the parameter `budget`."""
 FOLDS = 5  # of a folder of real pictures, each the test set in its turn (see `d3lib.data.folder.write_folds`)
+LONGER = 4  # times the steps of a CPU's study, to see what its runs would still have learnt
 TRANSFER_STEPS = 500  # on a few real pictures, each of which is seen dozens of times
 OVERVIEWS = ("claims", "results")  # the pages that read every run
 
@@ -368,6 +369,9 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
         Item("phases", "Is one phase enough, or should L1 come first?", runs(("gan",), adversarial_from=0.5)),
         Item("epochs", "Equal steps or equal epochs: what if the small set is seen no more often than the middle one?",
              runs(("l1", "eigen", "gan"), ("795",), steps=equal_epochs)),
+        Item("longer", f"Are the runs too short: what do {LONGER} times the steps on the largest set change?",
+             runs(("l1", "eigen", "gan"), ("230k",), steps=LONGER * row.steps, evaluations=LONGER * row.evaluations)
+             if row.encoder == "tiny" and not row.beyond else ()),
         Item("skips", "Do the skip connections help?", runs(("l1",), skips=False)),
         Item("pooling", "Does the 4x4 convolution replace max-pooling well?", runs(("l1",), pooling="max")),
         Item("output", "Should the network say depth or its logarithm?", runs(("l1", "eigen"), output="log")),

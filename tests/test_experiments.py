@@ -84,6 +84,15 @@ def test_equal_epochs_means_as_many_epochs_as_the_middle_set_has():
         assert run.steps / row.frames(run.train_set) == pytest.approx(row.steps / row.frames("12k"), rel=1e-3)
 
 
+def test_longer_runs_are_the_main_grids_in_all_but_their_end_and_only_a_cpus_study_has_them():
+    assert [budget for budget in BUDGETS if "longer" in manifest(budget)] == ["gate", "laptop"]
+    grid = manifest("laptop")["fig2"].runs
+    runs = manifest("laptop")["longer"].runs
+    assert len(runs) == 9 and {run.train_set for run in runs} == {"230k"}
+    for run in runs:
+        assert dataclasses.replace(run, steps=run.steps // 4, evaluations=run.evaluations // 4) in grid
+
+
 def test_a_key_finds_its_run_and_an_unknown_key_is_refused():
     run = manifest("study")["rate"].runs[3]
     assert find_run(run.key) == run
