@@ -143,15 +143,22 @@ def test_two_batches_in_one_place_do_not_mix(tmp_path):
 
 def test_runs_without_the_engine_stop_in_time_and_go_on(tmp_path, capfd):
     """The records are those of `d3lib train`; a bare machine needs no notebooks for them."""
-    assert work_through("drill", out=tmp_path, only="table2", jobs=1, device="cpu") == 0
+    assert work_through("drill", out=tmp_path, only="skips", jobs=1, device="cpu") == 0
     assert "done" in capfd.readouterr().out
     (path,) = tmp_path.glob("drill/*/record.json")
     before = path.stat().st_mtime_ns
-    assert work_through("drill", out=tmp_path, only="table2", device="cpu") == 0
+    assert work_through("drill", out=tmp_path, only="skips", device="cpu") == 0
     assert "0 runs to do" in capfd.readouterr().out
     assert path.stat().st_mtime_ns == before
-    assert work_through("drill", out=tmp_path, only="skips", minutes=1e-6, device="cpu") == 0  # no time: none begun
+    assert work_through("drill", out=tmp_path, only="table2", minutes=1e-6, device="cpu") == 0  # no time: none begun
     assert len(list(tmp_path.glob("drill/*/record.json"))) == 1
+
+
+def test_a_question_is_asked_beside_the_finished_runs_of_others_on_its_page(tmp_path, capfd):
+    """Their records are read for the page's figures; they are no runs of this batch."""
+    assert work_through("drill", out=tmp_path, only="skips", jobs=1, device="cpu") == 0
+    assert reproduce("drill", out=tmp_path, only="pooling", dry_run=True) == 0
+    assert "1 runs at budget drill" in capfd.readouterr().out
 
 
 def test_a_study_goes_on_from_the_records_of_the_book(tmp_path, monkeypatch, capsys):
