@@ -4,6 +4,7 @@ the runs behind each figure and table. Nothing here computes anything; `d3lib.ex
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -190,7 +191,7 @@ class Run:
 
     def __post_init__(self) -> None:
         """Raise `UserError` for a value of the wrong type or outside its choices."""
-        for name, kind in typing.get_type_hints(Run).items():
+        for name, kind in _kinds().items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
@@ -232,7 +233,7 @@ class Run:
         if self.scenes > BUDGETS[self.budget].train_scenes:
             raise UserError(f"scenes is {self.scenes}; budget {self.budget} has {BUDGETS[self.budget].train_scenes}")
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """The run's folder name: what a person looks for, then a digest of every field that tells runs apart."""
         loss = self.loss if self.variant == "paper" else f"{self.loss}-{self.variant}"
@@ -243,6 +244,12 @@ class Run:
     def images(self) -> int:
         """How many images the run sees, counting repeats."""
         return self.steps * self.batch_size
+
+
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    """The annotation of each field of a run."""
+    return typing.get_type_hints(Run)
 
 
 def plain_kind(kind: Any) -> type:
@@ -319,6 +326,11 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
 
     The order is that of what they teach per hour of computing: the main grid, then Figure 5, then what the paper lacks.
     """
+    return {item.name: item for item in _items(budget, data, pictures)}
+
+
+@functools.lru_cache(maxsize=32)  # pages ask for the same ones dozens of times
+def _items(budget: str, data: str | None, pictures: str | None) -> tuple[Item, ...]:
     row = BUDGETS[make_run(budget).budget]
 
     def runs(losses: Iterable[str], sizes: Iterable[str] = ("12k",), **fields: Any) -> tuple[Run, ...]:
@@ -388,7 +400,7 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
         Item("pretraining", "What do ImageNet weights bring?",
              runs(("l1", "gan"), pretrained=not row.pretrained) if row.encoder != "tiny" else ()),
     ]  # fmt: skip
-    return {item.name: item for item in items if item.runs}  # some have no sense on some data
+    return tuple(item for item in items if item.runs)  # some have no sense on some data
 
 
 def _transfer(grid: Iterable[Run], pictures: str, steps: int) -> tuple[Run, ...]:

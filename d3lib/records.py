@@ -34,14 +34,18 @@ def read_record(path: Path) -> dict[str, Any]:
 def committed_records(folder: Path = BOOK) -> list[dict[str, Any]]:
     """The records that are part of the book: each line of each `*.jsonl` in `folder` is a run's record.
 
+    They are read once for as long as the files stay as they are: what calls this must not change them.
     Raises `UserError` for a damaged line.
     """
-    lines = [
-        (f"{path}, line {number}", line)
-        for path in sorted(folder.glob("*.jsonl"))
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-    ]
-    return [unwrap(line, where, format=RECORD, version=RECORD_VERSION) for where, line in lines]
+    stamps = ((path, path.stat()) for path in sorted(folder.glob("*.jsonl")))
+    return [record for path, now in stamps for record in _read_lines(path, now.st_ino, now.st_size, now.st_mtime_ns)]
+
+
+@functools.lru_cache(maxsize=8)
+def _read_lines(path: Path, *_: int) -> tuple[dict[str, Any], ...]:
+    """The records in one file; the other arguments say which state of it was read."""
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    return tuple(unwrap(line, f"{path}, line {n}", format=RECORD, version=RECORD_VERSION) for n, line in lines)
 
 
 def keep_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:

@@ -37,7 +37,7 @@ def record(run, place):
 
 
 def test_a_record_says_what_was_run_on_what_by_what(record, run):
-    assert record["run"] == vars(run)
+    assert record["run"] == dataclasses.asdict(run)
     made = record["provenance"]
     assert {"commit", "dirty", "code_digest", "versions", "device", "threads", "finished"} <= made.keys()
     assert made["peak_memory_bytes"] > 10**7 and made["train_seconds"] > 0

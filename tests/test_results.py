@@ -67,7 +67,7 @@ def test_without_any_run_every_cell_says_not_run(tmp_path):
 def test_a_smoke_record_fills_exactly_its_cells(tmp_path):
     run = make_run("smoke", loss="gan", train_set="230k")
     row = {"rms": 1.5, "d1": 0.4, "rel": 0.3, "log10": 0.1, "rmslog": 0.2, "d2": 0.6, "d3": 0.8}
-    content = record(0.0) | {"key": run.key, "run": vars(run)}
+    content = record(0.0) | {"key": run.key, "run": dataclasses.asdict(run)}
     content["metrics"] = {"chosen": {"test": {"depth": {"pooled": row}}}}
     write_json(tmp_path / "smoke" / run.key / "record.json", content, format=RECORD, version=RECORD_VERSION)
     filled = [cell for cell in compare("smoke", tmp_path) if cell.n]
