@@ -1,5 +1,6 @@
 """The built book: its links, its status page, its Colab notebooks, its execution cache."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -34,15 +35,21 @@ def html_with_address(tmp_path_factory):
     return build_book(tmp_path_factory.mktemp("book-with-address"), ADDRESS)
 
 
-def references(html: Path):
-    """(page, href) of every link, picture, script and style sheet; and the ids of each page."""
+@functools.lru_cache(maxsize=1)  # of dozens at once the garbage collector takes seconds
+def parsed(path: Path):
     from bs4 import BeautifulSoup
 
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+@functools.cache
+def references(html: Path):
+    """(page, href) of every link, picture, script and style sheet; and the ids of each page."""
     links, ids = [], {}
     for path in sorted(html.rglob("*.html")):
         if "_static" in path.parts:
             continue
-        soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        soup = parsed(path)
         ids[path] = {tag["id"] for tag in soup.find_all(id=True)}
         links += [(path, tag[key]) for key in ("href", "src") for tag in soup.find_all(**{key: True})]
     return links, ids
@@ -71,9 +78,7 @@ def test_scripts_styles_and_pictures_come_with_the_book(html):
 
 
 def test_the_status_page_gives_the_time_and_the_memory_of_every_page_that_executes(html):
-    from bs4 import BeautifulSoup
-
-    tables = BeautifulSoup((html / "status.html").read_text(encoding="utf-8"), "html.parser").select("table")
+    tables = parsed(html / "status.html").select("table")
     head, *rows = next(
         [[cell.get_text(strip=True) for cell in row.select("th, td")] for row in table.select("tr")]
         for table in tables
@@ -113,13 +118,14 @@ def test_the_notebooks_for_colab_are_the_ones_the_pages_give():
 def test_a_notebook_for_colab_keeps_its_parameters_and_shows_no_raw_markup(address):
     import nbformat
 
-    for page, text in colab.notebooks(colab.Book(repository=address)).items():
+    book = colab.Book(repository=address)
+    for page, text in colab.notebooks(book).items():
         notebook = nbformat.reads(text, as_version=4)
         nbformat.validate(notebook)
         assert notebook.metadata.accelerator == "GPU" and notebook.metadata.kernelspec.name == "python3"
         first = notebook.cells[0].source
         assert "torch" not in "".join(line for line in first.splitlines() if "install" in line and line[0] != "#")
-        assert not address or f"--branch v{colab.Book().version} {ADDRESS}" in first and "--no-deps" in first
+        assert not address or f"--branch v{book.version} {ADDRESS}" in first and "--no-deps" in first
         source = (ROOT / "book" / f"{page}.md").read_text(encoding="utf-8")
         tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
         assert len(tagged) == len(re.findall(r"^(?::tags:|tags:) \[.*\bparameters\b.*\]", source, re.MULTILINE))
@@ -130,10 +136,8 @@ def test_a_notebook_for_colab_keeps_its_parameters_and_shows_no_raw_markup(addre
 
 
 def test_figures_and_equations_have_the_same_numbers_in_colab_as_in_the_book(html):
-    from bs4 import BeautifulSoup
-
     for label, target in colab.Book().targets.items():
-        soup = BeautifulSoup((html / f"{target.page}.html").read_text(encoding="utf-8"), "html.parser")
+        soup = parsed(html / f"{target.page}.html")
         if target.kind in ("figure", "table") and (element := soup.find(id=label)):
             assert element.find(class_="caption-number").text.strip() == target.text, label
         elif target.kind == "equation":

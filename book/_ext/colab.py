@@ -181,9 +181,10 @@ def _title(text: str, page: str) -> str:
 
 
 def _unlatex(text: str) -> str:
+    from pybtex.backends.plaintext import Backend  # by its name, pybtex would look for it among all that is installed
     from pybtex.richtext import Text
 
-    return Text.from_latex(text).render_as("text")
+    return Text.from_latex(text).render(Backend())
 
 
 def _blocks(text: str) -> list["str | Directive"]:
