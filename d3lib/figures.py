@@ -30,6 +30,7 @@ STYLES = {
 }
 METRICS = {"rms": "RMSE (m)", "d1": "δ < 1.25", "rel": "abs rel"}
 BASELINE_GREY = "#6b6b6b"
+UNKNOWN_GREY = "#b0b0b0"  # where there is no depth
 
 
 def use_style() -> None:
@@ -54,7 +55,7 @@ def use_style() -> None:
 def show_depth(axes: Axes, depth: np.ndarray, valid: np.ndarray | None = None, near: float = 0, far: float = 10) -> Any:
     """Draw a depth map (H, W) in metres with the book's colours; where not `valid` it is left grey."""
     shown = np.ma.masked_array(depth, None if valid is None else ~valid)
-    axes.set_facecolor("#b0b0b0")
+    axes.set_facecolor(UNKNOWN_GREY)
     _bare(axes)
     return axes.imshow(shown, cmap=DEPTH_COLOURS, vmin=near, vmax=far)
 
@@ -96,6 +97,7 @@ def prediction_grid(
         for i, pred in enumerate(preds.values()):
             show_depth(line[2 + 2 * i], pred[row, 0], far=far)
             wrong = np.ma.masked_array(np.abs(pred - truth)[row, 0], ~known[row, 0])
+            line[3 + 2 * i].set_facecolor(UNKNOWN_GREY)
             error = line[3 + 2 * i].imshow(wrong, cmap=ERROR_COLOURS, vmin=0, vmax=error_far)
         for ax in line:
             _bare(ax)
