@@ -41,10 +41,10 @@ def train_batches(
 
     `frames`: which frames of `dataset`: the first n, these, or all (None). `size` (H, W): see
     `resize_sample`. `flip`: mirror each sample left-right with probability 1/2, the only augmentation in the
-    paper. `start_step`: the step to resume at. `workers`: processes that read ahead. `rank`, `world`: of the batch that
-    one process would train on, give the slice of process `rank` of `world`, frames and flips alike: `batch_size` is
-    the whole batch's. Raises `UserError` if `frames` asks for what is not there, or `world` does not divide
-    `batch_size`.
+    authors' code. `start_step`: the step to resume at. `workers`: processes that read ahead. `rank`, `world`: of the
+    batch that one process would train on, give the slice of process `rank` of `world`, frames and flips alike:
+    `batch_size` is the whole batch's. Raises `UserError` if `frames` asks for what is not there, or `world` does not
+    divide `batch_size`.
     """
     if batch_size % world:
         raise UserError(f"a batch of {batch_size} cannot be shared equally by {world} processes; choose a multiple")
