@@ -29,3 +29,10 @@ def test_a_page_runs_through_papermill(page, tmp_path):
     execute_notebook(source, target, {"budget": "smoke"})
     cells = [cell for cell in json.loads(target.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] for cell in cells if "".join(cell["source"]).strip())
+
+
+@pytest.mark.slow
+def test_figure_4_bears_records_whose_pictures_did_not_come_with_the_book(tmp_path, monkeypatch):
+    monkeypatch.setenv("D3LIB_RUNS", str(tmp_path / "runs"))
+    execute_notebook(BOOK / "experiments" / "fig4.md", tmp_path / "page.ipynb", {"budget": "laptop"})
+    assert "no pictures" in (tmp_path / "page.ipynb").read_text(encoding="utf-8")
