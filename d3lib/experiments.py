@@ -289,13 +289,8 @@ def make_run(budget: str, **fields: Any) -> Run:
     return Run(**{**numbers, **given, "budget": budget})
 
 
-FIGURE_PAGES: Mapping[str, str] = types.MappingProxyType(
-    {
-        name: f"experiments/{name}.md"
-        for name in ("fig2", "fig3", "fig4", "fig5", "table2", "beyond", "real", "claims", "results")
-    }
-)
-"""The notebooks that draw figures and tables from records, below `book/`; each takes the parameter `budget`."""
+FIGURE_PAGES = ("fig2", "fig3", "fig4", "fig5", "table2", "beyond", "real", "claims", "results")
+"""The notebooks in `book/experiments` that draw figures and tables from records; each takes the parameter `budget`."""
 FOLDS = 5  # of a folder of real pictures, each the test set in its turn (see `d3lib.data.folder.write_folds`)
 LONGER = 4  # times the steps of a CPU's study, to see what its runs would still have learnt
 TRANSFER_STEPS = 500  # on a few real pictures, each of which is seen dozens of times

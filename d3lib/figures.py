@@ -78,6 +78,8 @@ def prediction_grid(
 ) -> Figure:
     """Pictures in rows: RGB, true depth, each prediction and its absolute error, with bars in metres.
 
+    More than two predictions have their errors below them, fewer beside them.
+
     Args:
         rgb: uint8 (n, 3, H, W).
         truth: metres (n, 1, H, W).
@@ -86,36 +88,32 @@ def prediction_grid(
     """
     import matplotlib.pyplot as plt
 
-    rows, columns = len(rgb), 2 + 2 * len(preds)
-    aspect = rgb.shape[2] / rgb.shape[3]
-    size = (2.3 * columns, 2.3 * aspect * rows + 1.1)
+    below = len(preds) > 2
+    rows, columns, side = (2 * len(rgb), 2 + len(preds), 1.55) if below else (len(rgb), 2 + 2 * len(preds), 2.3)
+    size = (side * columns, side * rows * rgb.shape[2] / rgb.shape[3] + 1.1)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    known, far, error_far = _scales(truth, preds, valid)
-    for row, line in enumerate(axes):
-        line[0].imshow(rgb[row].transpose(1, 2, 0))
-        depth = show_depth(line[1], truth[row, 0], known[row, 0], far=far)
-        for i, pred in enumerate(preds.values()):
-            show_depth(line[2 + 2 * i], pred[row, 0], far=far)
-            wrong = np.ma.masked_array(np.abs(pred - truth)[row, 0], ~known[row, 0])
-            line[3 + 2 * i].set_facecolor(UNKNOWN_GREY)
-            error = line[3 + 2 * i].imshow(wrong, cmap=ERROR_COLOURS, vmin=0, vmax=error_far)
-        for ax in line:
-            _bare(ax)
-    titles = ["picture", "true depth", *(text for name in preds for text in (name, "|error|"))]
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title)
-    figure.colorbar(depth, ax=axes[:, 1].tolist(), location="bottom", label="depth (m)", shrink=0.9, aspect=12)
-    figure.colorbar(error, ax=axes[:, -1].tolist(), location="bottom", label="|error| (m)", shrink=0.9, aspect=12)
-    return figure
-
-
-def _scales(
-    truth: np.ndarray, preds: Mapping[str, np.ndarray], valid: np.ndarray | None
-) -> tuple[np.ndarray, float, float]:
-    """Where truth is known, bool (n, 1, H, W), and the metres at which the depth and the error colours end."""
+    maps, errors = (axes[::2, 2:], axes[1::2, 2:]) if below else (axes[:, 2::2], axes[:, 3::2])
     known = truth > 0 if valid is None else valid
     far = float(np.percentile(truth[known], 99))
-    return known, far, max(float(np.percentile(np.abs(p - truth)[known], 98)) for p in preds.values())
+    error_far = max(float(np.percentile(np.abs(pred - truth)[known], 98)) for pred in preds.values())
+    for ax in axes.flat:
+        _bare(ax)
+    for i, line in enumerate(axes[:: 1 + below]):
+        line[0].imshow(rgb[i].transpose(1, 2, 0))
+        depth = show_depth(line[1], truth[i, 0], known[i, 0], far=far)
+        for k, pred in enumerate(preds.values()):
+            show_depth(maps[i, k], pred[i, 0], far=far)
+            wrong = np.ma.masked_array(np.abs(pred - truth)[i, 0], ~known[i, 0])
+            errors[i, k].set_facecolor(UNKNOWN_GREY)
+            error = errors[i, k].imshow(wrong, cmap=ERROR_COLOURS, vmin=0, vmax=error_far)
+    titles = list(preds) if below else [text for name in preds for text in (name, "|error|")]
+    for ax, title in zip(axes[0], ["picture", "true depth", *titles], strict=True):
+        ax.set_title(title)
+    left, right = (axes[:, :2], axes[:, 2:]) if below else (axes[:, 1], axes[:, -1])
+    figure.colorbar(depth, ax=left.ravel().tolist(), location="bottom", label="depth (m)", aspect=14)
+    aspect = 40 if below else 14
+    figure.colorbar(error, ax=right.ravel().tolist(), location="bottom", label="|error| (m)", aspect=aspect)
+    return figure
 
 
 def learning_curve(record: Mapping[str, Any]) -> Figure:
@@ -209,38 +207,6 @@ def figure3(records: Iterable[Mapping[str, Any]], sizes: Mapping[str, int] | Non
         ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
     axes[0].set_ylabel("test RMSE (m)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
-    return figure
-
-
-def figure4(
-    rgb: np.ndarray, truth: np.ndarray, preds: Mapping[str, np.ndarray], valid: np.ndarray | None = None
-) -> Figure:
-    """Figure 4's form: each picture in two rows, its truth and every loss's map above, their errors below.
-
-    Args: see `prediction_grid`; `preds` by loss, in any order.
-    """
-    import matplotlib.pyplot as plt
-
-    losses = [loss for loss in LOSSES if loss in preds]
-    rows, columns = 2 * len(rgb), 2 + len(losses)
-    aspect = rgb.shape[2] / rgb.shape[3]
-    size = (1.55 * columns, 1.55 * aspect * rows + 1.2)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    known, far, error_far = _scales(truth, preds, valid)
-    for ax in axes.flat:
-        ax.axis("off")
-    for i in range(len(rgb)):
-        above, below = axes[2 * i], axes[2 * i + 1]
-        above[0].imshow(rgb[i].transpose(1, 2, 0))
-        depth = show_depth(above[1], truth[i, 0], known[i, 0], far=far)
-        for column, loss in enumerate(losses, 2):
-            show_depth(above[column], preds[loss][i, 0], far=far)
-            wrong = np.ma.masked_array(np.abs(preds[loss] - truth)[i, 0], ~known[i, 0])
-            error = below[column].imshow(wrong, cmap=ERROR_COLOURS, vmin=0, vmax=error_far)
-    for ax, title in zip(axes[0], ["picture", "true depth", *(LABELS[loss] for loss in losses)], strict=True):
-        ax.set_title(title)
-    figure.colorbar(depth, ax=axes[:, :2].ravel().tolist(), location="bottom", label="depth (m)", aspect=14)
-    figure.colorbar(error, ax=axes[:, 2:].ravel().tolist(), location="bottom", label="|error| (m)", aspect=40)
     return figure
 
 

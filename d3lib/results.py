@@ -15,7 +15,7 @@ from typing import Any
 
 from d3lib.artefacts import read_json
 from d3lib.experiments import BUDGETS, Run, all_runs, make_run, manifest
-from d3lib.intervals import converged, prediction_interval
+from d3lib.intervals import prediction_interval
 from d3lib.records import BOOK, State, committed_records, is_current, read_record
 from d3lib.scoring import baselines_path
 
@@ -219,23 +219,19 @@ def _counterparts(budget: str, data: str, item: str, *wanted: str) -> list[dict[
 class Contrast:
     """What one change does to a run: runs that differ in it from others of the same seeds, and in nothing else."""
 
-    item: str  # the question it belongs to
     what: str  # the change, such as "learning_rate 0.0001"
     loss: str
     train_set: str
     values: tuple[float, ...]  # with the change, one per seed
     differences: tuple[float, ...]  # from the same seed without it
-    converged: int  # how many of the runs had
-    keys: tuple[str, ...]
 
 
 def contrasts(budget: str, out: Path, item: str, metric: str = "rms") -> list[Contrast]:
     """Every change that a question beyond the paper asks about, with paired differences; empty tuples: not run."""
     records = load_records(budget, out)
-    own = runs_of(budget, out, item)
     pool = [run for name in ("reference", "fig2", "fig5") for run in runs_of(budget, out, name).values()]
     groups: dict[tuple[str, str, str], list[tuple[Run, Run]]] = {}
-    for run in own.values():
+    for run in runs_of(budget, out, item).values():
         rivals = [r for r in pool if (r.loss, r.train_set, r.seed) == (run.loss, run.train_set, run.seed)]
         if not rivals or run in rivals:
             continue
@@ -244,11 +240,10 @@ def contrasts(budget: str, out: Path, item: str, metric: str = "rms") -> list[Co
         groups.setdefault((what, run.loss, run.train_set), []).append((run, closest))
     found = []
     for (what, loss, size), pairs in groups.items():
-        scored = [(a, *(score(r, metric) if (r := records.get(run.key)) else None for run in (a, b))) for a, b in pairs]
-        values = {run.key: value for run, value, _ in scored if value is not None}
-        differences = tuple(a - b for _, a, b in scored if a is not None and b is not None)
-        done = sum(bool(converged(records[key]["curve"]).converged) for key in values)
-        found.append(Contrast(item, what, loss, size, tuple(values.values()), differences, done, tuple(values)))
+        scored = [[score(r, metric) if (r := records.get(run.key)) else None for run in pair] for pair in pairs]
+        values = tuple(a for a, _ in scored if a is not None)
+        differences = tuple(a - b for a, b in scored if a is not None and b is not None)
+        found.append(Contrast(what, loss, size, values, differences))
     return found
 
 
