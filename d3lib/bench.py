@@ -29,7 +29,7 @@ import torch
 
 from d3lib import naive
 from d3lib.artefacts import write_json
-from d3lib.costs import train_in_parts
+from d3lib.costs import random_batch, train_in_parts
 from d3lib.errors import UserError
 from d3lib.losses import build_loss, generator_loss
 from d3lib.models import D3Net
@@ -255,10 +255,7 @@ def _train(
     encoder: str, size: Sequence[int], device: str, precision: str, steps: int, compiler: str | None = None
 ) -> tuple[list[float], list[float]]:
     """`train_in_parts` of a new network on one random batch of 8 pictures of `size` (H, W), in four parts."""
-    generator = torch.Generator().manual_seed(0)
-    batch = {"rgb": torch.rand((8, 3, *size), generator=generator), "valid": torch.ones(8, 1, *size, dtype=torch.bool)}
-    batch["depth"] = 1 + 8 * torch.rand((8, 1, *size), generator=generator)
-    batch = {name: images.to(device) for name, images in batch.items()}
+    batch = random_batch(8, size, device)
     net = D3Net(encoder, seed=0).to(device, memory_format=torch.channels_last)
     options = {"device": device, "precision": precision, "compiler": compiler}
     return train_in_parts(net, itertools.repeat(batch), 4, steps, **options)

@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from d3lib.artefacts import digest_json, read_json, write_json
-from d3lib.data.loader import to_float
 from d3lib.errors import UserError
 from d3lib.evaluation import as_predictor
 from d3lib.execution import CURVE_FRAMES, EVAL_BATCH, build_network
@@ -33,12 +32,7 @@ START = 10.0  # seconds to start a run's process and notebook, and to write its 
 
 def measure(run: Run, device: str) -> dict[str, float]:
     """Seconds of one training step (`step`) and of predicting one image (`image`) of a run, on random pictures."""
-    shape = (run.batch_size, 1, run.height, run.width)
-    generator = torch.Generator().manual_seed(0)
-    rgb = torch.randint(256, (shape[0], 3, *shape[2:]), dtype=torch.uint8, generator=generator)
-    depth = 1 + 8 * torch.rand(shape, generator=generator)
-    batch = {"rgb": to_float(rgb).to(device), "depth": depth.to(device)}
-    batch["valid"] = torch.ones_like(batch["depth"], dtype=torch.bool)
+    batch = random_batch(run.batch_size, (run.height, run.width), device)
     precision = pick_precision(run.precision, device)
     plain = dataclasses.replace(run, pretrained=False, init="")  # weights change no time
     net = build_network(plain).to(device, memory_format=torch.channels_last)
@@ -56,6 +50,14 @@ def measure(run: Run, device: str) -> dict[str, float]:
     start = time.perf_counter()
     predict(batch["rgb"]).cpu()
     return {"step": step, "image": (time.perf_counter() - start) / run.batch_size}
+
+
+def random_batch(count: int, size: Sequence[int], device: str) -> Batch:
+    """Random pictures (count, 3, H, W) in [0, 1], with depth (count, 1, H, W) of 1 to 9 m, valid everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    rgb, depth = (torch.rand((count, channels, *size), generator=generator) for channels in (3, 1))
+    batch = {"rgb": rgb, "depth": 1 + 8 * depth, "valid": torch.ones(depth.shape, dtype=torch.bool)}
+    return {name: images.to(device) for name, images in batch.items()}
 
 
 def train_in_parts(

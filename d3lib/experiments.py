@@ -326,6 +326,7 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
 
 @functools.lru_cache(maxsize=32)  # pages ask for the same ones dozens of times
 def _items(budget: str, data: str | None, pictures: str | None) -> tuple[Item, ...]:
+    """What `manifest` is made of, in its order; those without a run are left out."""
     row = BUDGETS[make_run(budget).budget]
 
     def runs(losses: Iterable[str], sizes: Iterable[str] = ("12k",), **fields: Any) -> tuple[Run, ...]:
