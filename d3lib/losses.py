@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss, threshold
 
 from d3lib.errors import UserError
 
@@ -74,10 +75,10 @@ def eigen_loss(
             about an eighth.
     """
     d, valid = _log_residuals(pred, target, mask)
-    d, n = _per_image(d, pooled), _per_image(valid, pooled).count_nonzero(1)
+    d, n = _per_image(d, pooled), _count(_per_image(valid, pooled))
     some = n.clamp(min=1)
     loss = (d**2).sum(1) / some - lam * (d.sum(1) / some) ** 2
-    return _mean(loss, n > 0)
+    return loss.sum() / n.count_nonzero().clamp(min=1)
 
 
 def eigengrad_loss(
@@ -96,15 +97,14 @@ def eigengrad_loss(
         pooled: sums over the whole batch, as in `eigen_loss`.
     """
     d, valid = _log_residuals(pred, target, mask)
-    w = valid.view(torch.uint8).to(d.dtype)  # by way of integers, which is several times as fast
-    dx = d.diff(dim=-1) * (w[..., :, 1:] * w[..., :, :-1])
-    dy = d.diff(dim=-2) * (w[..., 1:, :] * w[..., :-1, :])
+    dx = _blank(d.diff(dim=-1), valid[..., :, 1:], valid[..., :, :-1])
+    dy = _blank(d.diff(dim=-2), valid[..., 1:, :], valid[..., :-1, :])
     d, dx, dy, valid = (_per_image(x, pooled) for x in (d, dx, dy, valid))
-    n = valid.count_nonzero(1)
+    n = _count(valid)
     some = n.clamp(min=1)
     loss = (d**2).sum(1) / some - lam / 2 * (d.sum(1) / some) ** 2
     loss = loss + ((dx**2).sum(1) + (dy**2).sum(1)) / some
-    return _mean(loss, n > 0)
+    return loss.sum() / n.count_nonzero().clamp(min=1)
 
 
 def berhu_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None, c: float | None = None) -> Tensor:
@@ -188,7 +188,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
     Give `fake_logits` of a detached prediction, so that G is left alone.
     """
-    return ((_wide(real_logits) - 1) ** 2).mean() / 2 + (_wide(fake_logits) ** 2).mean() / 2
+    return _square_from(1, real_logits) / 2 + _square_from(0, fake_logits) / 2
 
 
 def generator_loss(fake_logits: Tensor, variant: str = "paper") -> Tensor:
@@ -200,7 +200,13 @@ def generator_loss(fake_logits: Tensor, variant: str = "paper") -> Tensor:
         variant: "paper" for the equation above, "released" for the authors' code, which lacks its ½.
     """
     _check_variant(variant)
-    return ((_wide(fake_logits) - 1) ** 2).mean() / (2 if variant == "paper" else 1)
+    return _square_from(1, fake_logits) / (2 if variant == "paper" else 1)
+
+
+def _square_from(goal: float, logits: Tensor) -> Tensor:
+    """Mean square distance of the logits from a goal."""
+    logits = _wide(logits)
+    return mse_loss(logits, torch.full_like(logits, goal))
 
 
 VARIANTS: dict[str, dict[str, Callable[..., Tensor]]] = {
@@ -279,33 +285,65 @@ def _wide(x: Tensor) -> Tensor:
     return wide
 
 
+def _bits(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as integers as wide as `dtype`: -1, which is all bits, where it is True, else 0.
+
+    A number "and" these is the number or 0, whatever it was, NaN too: in a tenth of `torch.where`'s time on a CPU.
+    """
+    return mask.view(torch.int8).neg().to(torch.int64 if dtype == torch.float64 else torch.int32)
+
+
 class _Keep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
-        bits = torch.int64 if x.dtype == torch.float64 else torch.int32
-        return mask.view(torch.uint8).to(bits).neg_().bitwise_and_(x.view(bits)).view(x.dtype)
+    def forward(ctx: Any, x: Tensor, valid: Tensor) -> Tensor:
+        ctx.save_for_backward(valid)
+        return x.view(valid.dtype).bitwise_and(valid).view(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _keep(gradient, *ctx.saved_tensors), None
 
 
-def _keep(x: Tensor, mask: Tensor) -> Tensor:
-    """x where `mask`, else 0, and so its gradient: `torch.where(mask, x, 0)`.
+def _keep(x: Tensor, valid: Tensor) -> Tensor:
+    """x where `valid` (see `_bits`), else 0, and so its gradient: `torch.where(mask, x, 0)`."""
+    return _Keep.apply(x, valid)
 
-    Done with the bits of x, whatever number they are, in one piece of memory: a third of the time on a CPU.
+
+class _Log(torch.autograd.Function):
+    """ln max(x, LOG_MIN) where `valid` (see `_bits`), else ln LOG_MIN; no gradient where that is what it gave."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, valid: Tensor) -> Tensor:
+        x = threshold(x.view(valid.dtype).bitwise_and(valid).view(x.dtype), LOG_MIN, LOG_MIN, inplace=True)
+        ctx.save_for_backward(x)
+        return x.log()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(gradient / x, x, LOG_MIN), None
+
+
+def _blank(difference: Tensor, *valid: Tensor) -> Tensor:
+    """A difference just made, set to 0 in place where not all of `valid` are, without telling its gradient.
+
+    So only |x| and x² may be taken of it: their gradient is 0 at 0 anyway, and a pass on the way back is spared.
     """
-    return _Keep.apply(x, mask)
+    with torch.no_grad():
+        for bits in valid:
+            difference.view(bits.dtype).bitwise_and_(bits)
+    return difference
 
 
 def _residuals(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Give -l, 0 without gradient at invalid pixels, and the mask.
+    """Give -l, 0 at invalid pixels (see `_blank`), and the mask as `_bits`.
 
     No loss minds the sign, and y_hat - y spares a negation on the way back.
     """
     mask = _check(pred, target, mask)
-    return _keep(_wide(pred) - _wide(target), mask), mask
+    l_i = _wide(pred) - _wide(target)
+    valid = _bits(mask, l_i.dtype)
+    return _blank(l_i, valid), valid
 
 
 def _log_residuals(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -314,8 +352,11 @@ def _log_residuals(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[T
     Invalid pixels become `LOG_MIN` in both before the logarithm: masked after it, a NaN would leave a NaN gradient.
     """
     mask = _check(pred, target, mask)
-    y, y_hat = (_keep(_wide(x), mask).clamp(min=LOG_MIN) for x in (target, pred))
-    return y_hat.log() - y.log(), mask
+    y, y_hat = _wide(target), _wide(pred)
+    dtype = torch.promote_types(y.dtype, y_hat.dtype)
+    valid = _bits(mask, dtype)
+    y, y_hat = (_Log.apply(x.to(dtype), valid) for x in (y, y_hat))
+    return y_hat - y, valid
 
 
 def _per_image(x: Tensor, pooled: bool) -> Tensor:
@@ -324,8 +365,13 @@ def _per_image(x: Tensor, pooled: bool) -> Tensor:
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean over the valid of `values` that are 0 elsewhere; 0 if nothing is valid."""
-    return values.sum() / valid.count_nonzero().clamp(min=1)
+    """Mean over the `valid` (see `_bits`) of `values` that are 0 elsewhere; 0 if nothing is."""
+    return values.sum() / _count(valid.reshape(-1)).clamp(min=1)
+
+
+def _count(valid: Tensor) -> Tensor:
+    """How many of `_bits` are set along the last axis, in a third of the time of `count_nonzero`."""
+    return -valid.sum(-1, dtype=valid.dtype)
 
 
 def _threshold(error: Tensor, c: float | None) -> Tensor:
