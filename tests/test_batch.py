@@ -133,6 +133,11 @@ def test_a_small_batch_runs_and_repeats_only_what_is_lost(tmp_path, capfd):
     assert lost.is_file()
     assert (out / "drill" / "figures" / "beyond.ipynb").is_file()
     assert kept.stat().st_mtime_ns == records[kept]
+    # Records that the page reads, and that are no runs of the batch: a question beside finished ones of its page.
+    (out / "drill" / "figures" / "beyond.ipynb").unlink()
+    capfd.readouterr()
+    assert reproduce("drill", out=out, only="pooling", dry_run=True) == 0
+    assert "1 runs at budget drill" in capfd.readouterr().out
 
 
 def test_two_batches_in_one_place_do_not_mix(tmp_path):
@@ -152,13 +157,6 @@ def test_runs_without_the_engine_stop_in_time_and_go_on(tmp_path, capfd):
     assert path.stat().st_mtime_ns == before
     assert work_through("drill", out=tmp_path, only="table2", minutes=1e-6, device="cpu") == 0  # no time: none begun
     assert len(list(tmp_path.glob("drill/*/record.json"))) == 1
-
-
-def test_a_question_is_asked_beside_the_finished_runs_of_others_on_its_page(tmp_path, capfd):
-    """Their records are read for the page's figures; they are no runs of this batch."""
-    assert work_through("drill", out=tmp_path, only="skips", jobs=1, device="cpu") == 0
-    assert reproduce("drill", out=tmp_path, only="pooling", dry_run=True) == 0
-    assert "1 runs at budget drill" in capfd.readouterr().out
 
 
 def test_a_study_goes_on_from_the_records_of_the_book(tmp_path, monkeypatch, capsys):
