@@ -13,7 +13,9 @@ What all of them promise:
 - Float32 is near float64, for depths from 1e-6 to 1e4 m and up to ten million pixels: within 1e-5 of the value for
   the losses in metres, within 1e-5 (v + √v) + 1e-9 for those of logarithms, v being the value at λ = 0.
 - An invalid pixel contributes nothing, whatever it holds (NaN included). A batch without valid pixels gives
-  a zero that is still attached to the graph and has zero gradients.
+  a zero that is still attached to the graph and has zero gradients. A loss that is not finite, of a valid NaN say,
+  may have gradients that are not, at any pixel.
+- Gradients are for descent: right to the first order. A second derivative (`create_graph`) would be wrong.
 - Nothing waits for the device: no value is read back to the host.
 
 Wrong shapes or types raise ValueError.
@@ -327,7 +329,7 @@ class _Log(torch.autograd.Function):
 def _blank(difference: Tensor, *valid: Tensor) -> Tensor:
     """A difference just made, set to 0 in place where not all of `valid` are, without telling its gradient.
 
-    So only |x| and x² may be taken of it: their gradient is 0 at 0 anyway, and a pass on the way back is spared.
+    So only |x| and x² may be taken of it: a finite gradient is 0 at their 0 anyway, and a pass on the way back is spared.
     """
     with torch.no_grad():
         for bits in valid:
@@ -347,7 +349,7 @@ def _residuals(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tenso
 
 
 def _log_residuals(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Give -d, 0 without gradient at invalid pixels, and the mask, as `_residuals` does.
+    """Give -d, 0 without gradient at invalid pixels, and the mask as `_bits`.
 
     Invalid pixels become `LOG_MIN` in both before the logarithm: masked after it, a NaN would leave a NaN gradient.
     """
