@@ -329,7 +329,7 @@ class _Log(torch.autograd.Function):
 def _blank(difference: Tensor, *valid: Tensor) -> Tensor:
     """A difference just made, set to 0 in place where not all of `valid` are, without telling its gradient.
 
-    So only |x| and x² may be taken of it: a finite gradient is 0 at their 0 anyway, and a pass on the way back is spared.
+    So only |x| and x² may be taken of it: a finite gradient is 0 at their 0 anyway. That spares a pass on the way back.
     """
     with torch.no_grad():
         for bits in valid:
