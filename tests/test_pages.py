@@ -84,6 +84,8 @@ LOOK = """() => {
     overflow: root.scrollWidth - root.clientWidth,
     wide: [...main.querySelectorAll("*")].filter(e => e.getBoundingClientRect().right > root.clientWidth + 1)
       .slice(0, 3).map(e => e.outerHTML.slice(0, 120)),
+    cut: [...main.querySelectorAll("caption")].filter(e => e.getBoundingClientRect().width > root.clientWidth)
+      .map(e => e.textContent.slice(0, 60)),
     maths: main.querySelectorAll(".math").length,
     typeset: main.querySelectorAll(".math mjx-container").length,
     errors: [...document.querySelectorAll("mjx-merror, .math .noError")].map(e => e.textContent),
@@ -113,6 +115,7 @@ def test_a_page_shows_whole_at_every_width_and_in_both_themes_and_asks_nothing_o
         show(opened, width, theme)
         look = opened.evaluate(LOOK)
         assert look["overflow"] <= 0, (view, look["wide"])
+        assert not look["cut"], (view, look["cut"])
         assert look["typeset"] >= look["maths"] and not look["errors"], (view, look)
         assert not look["broken"] and not look["mute"], (view, look["broken"], look["mute"])
         assert not look["raw"], (view, look["raw"])
