@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import json
 import math
 import os
 import platform
@@ -73,13 +75,9 @@ def published(run: Run) -> Run:
     return dataclasses.replace(run, data="folder:" + "/".join(Path(run.data.removeprefix("folder:")).parts[-2:]))
 
 
-def _rounded(value: Any) -> Any:
-    """Plain JSON with its floats to six digits; parameters of a run are what they are in six, too."""
-    if isinstance(value, Mapping):
-        return {name: _rounded(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(part) for part in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def _rounded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its floats to six digits; parameters of a run are what they are in six, too."""
+    return json.loads(json.dumps(record), parse_float=lambda digits: float(f"{float(digits):.6g}"))
 
 
 @dataclass(frozen=True)
@@ -136,18 +134,13 @@ def draw_records(records: Sequence[Mapping[str, Any]], count: int = RERUN_ENOUGH
 
     Drawn at random, but no loss twice before every loss once.
     """
-    populations: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    populations: dict[tuple[str, ...], dict[str, list[Mapping[str, Any]]]] = {}
     for record in random.sample(records, len(records)):
-        populations.setdefault(_population(record), []).append(record)
+        populations.setdefault(_population(record), {}).setdefault(record["run"]["loss"], []).append(record)
     drawn = []
-    for members in populations.values():
-        turn: Counter[str] = Counter()
-        placed = []
-        for record in members:
-            loss = record["run"]["loss"]
-            turn[loss] += 1
-            placed.append((turn[loss], record))
-        drawn += [record for _, record in sorted(placed, key=lambda pair: pair[0])][:count]
+    for by_loss in populations.values():
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*by_loss.values()))
+        drawn += [record for record in turns if record is not None][:count]
     return drawn
 
 
