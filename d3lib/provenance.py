@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 from importlib import metadata
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,12 @@ def _closure(modules: tuple[str, ...], without: tuple[str, ...]) -> set[Path]:
         if path in found:
             continue
         found.add(path)
-        package = ["d3lib", *path.relative_to(PACKAGE).parent.parts]
+        package = ".".join(["d3lib", *path.relative_to(PACKAGE).parent.parts])
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                above = package[: len(package) - node.level + 1] if node.level else []
-                base = ".".join([*above, *(node.module or "").split(".")]).strip(".")
+                base = resolve_name("." * node.level + (node.module or ""), package)
                 names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
             else:
                 continue
