@@ -133,9 +133,7 @@ def point_cloud(rgb: np.ndarray, depth: np.ndarray, intrinsics: Intrinsics) -> t
 def write_ply(path: Path, points: np.ndarray, colours: np.ndarray) -> None:
     """Write points (n, 3) float32 and colours (n, 3) uint8 as a binary little-endian PLY file."""
     fields = [(axis, "<f4") for axis in "xyz"] + [(name, "u1") for name in ("red", "green", "blue")]
-    vertices = np.empty(len(points), dtype=fields)
-    for (name, _), column in zip(fields, [*points.T, *colours.T], strict=True):
-        vertices[name] = column
+    vertices = np.rec.fromarrays([*points.T, *colours.T], dtype=fields)
     kinds = {"<f4": "float", "u1": "uchar"}
     lines = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}"]
     lines += [f"property {kinds[kind]} {name}" for name, kind in fields] + ["end_header", ""]
