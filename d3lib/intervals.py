@@ -190,11 +190,10 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> RankAgreemen
     return RankAgreement(tau, float(np.mean(np.abs(balance) >= abs(balance[0]))))
 
 
-def _points(curve: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images seen, values) of a curve's points that have a value."""
-    found = [(point["images"], point[name]) for point in curve if point.get(name) is not None]
-    images, values = zip(*found, strict=True) if found else ((), ())
-    return np.array(images, float), np.array(values, float)
+def _points(curve: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Images seen and test RMSE, (2, n), of a curve's points that have one."""
+    found = [(point["images"], point["test_rms"]) for point in curve if point.get("test_rms") is not None]
+    return np.array(found, float).reshape(-1, 2).T
 
 
 def last_fifth(curve: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -209,7 +208,7 @@ def converged(curve: Sequence[Mapping[str, Any]]) -> Flatness:
     falls by less than 2 % of its mean height (`FLAT`) in that fifth. A rising line counts as converged: more training
     would not help. Of fewer than three points there, nothing is said.
     """
-    images, values = _points(last_fifth(curve), "test_rms")
+    images, values = _points(last_fifth(curve))
     if len(values) < 3:
         return Flatness(None, None)
     slope = np.polyfit(images - images.mean(), values, 1)[0]  # metres an image
@@ -223,15 +222,14 @@ def images_to_reach(curve: Sequence[Mapping[str, Any]], factor: float = 1.05) ->
     Between two points the curve is a straight line; before the first one nothing is known, so that is the earliest
     answer. `None` for a curve without points.
     """
-    images, values = _points(curve, "test_rms")
+    images, values = _points(curve)
     if not len(values):
         return None
     goal = factor * values.min()
     k = int(np.argmax(values <= goal))
     if k == 0:
         return float(images[0])
-    part = (values[k - 1] - goal) / (values[k - 1] - values[k])
-    return float(images[k - 1] + part * (images[k] - images[k - 1]))
+    return float(np.interp(goal, values[[k, k - 1]], images[[k, k - 1]]))
 
 
 def area_under(curve: Sequence[Mapping[str, Any]]) -> float | None:
@@ -239,7 +237,7 @@ def area_under(curve: Sequence[Mapping[str, Any]]) -> float | None:
 
     A low area means low errors early, whatever the last value is.
     """
-    images, values = _points(curve, "test_rms")
+    images, values = _points(curve)
     if len(values) < 2:
         return None
     return float(np.sum((values[1:] + values[:-1]) / 2 * np.diff(images)) / (images[-1] - images[0]))
