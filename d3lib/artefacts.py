@@ -72,10 +72,7 @@ def _umask() -> int:
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open `path` for writing so that it appears whole or not at all (text is UTF-8)."""
-    with (
-        atomic_path(path) as temporary,
-        temporary.open(mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file,
-    ):
+    with atomic_path(path) as temporary, temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
 
 

@@ -185,16 +185,12 @@ class Claim:
     quorum: int | None = None  # how many must be separated as claimed; None: all
     about_gan: bool = False  # needs pictures of GAN_SIZE
 
-    @property
-    def needed(self) -> int:
-        """How many comparisons must be separated as claimed."""
-        return len(self.comparisons) if self.quorum is None else self.quorum
-
     def status(self, signs: Sequence[int]) -> str:
         """The claim's status from its comparisons: 1 separated as claimed, -1 against, 0 neither."""
-        if signs.count(1) >= self.needed:
+        needed = len(self.comparisons) if self.quorum is None else self.quorum
+        if signs.count(1) >= needed:
             return "supported"
-        return "contradicted" if signs.count(-1) > len(signs) - self.needed else "not separated"
+        return "contradicted" if signs.count(-1) > len(signs) - needed else "not separated"
 
 
 @dataclass(frozen=True)

@@ -106,15 +106,8 @@ def seconds_of(runs: Iterable[Run], out: Path, device: str = "auto") -> dict[str
     for budget, data in {(run.budget, run.data) for run in runs if run.data in ("rooms", "nyu")}:
         done |= recorded(all_runs(budget, data=data).values(), out / budget, device)
     path = out / "throughput.json"
-    here = digest_json(
-        [
-            device_name(device),
-            torch.get_num_threads(),
-            torch.__version__,
-            code_digest(*TRAINING_CODE),
-            pick_compiler(device),
-        ]
-    )
+    machine = [device_name(device), torch.get_num_threads(), torch.__version__]
+    here = digest_json([*machine, code_digest(*TRAINING_CODE), pick_compiler(device)])
     try:
         known = read_json(path, format="d3lib-throughput")
     except UserError:

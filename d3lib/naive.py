@@ -120,10 +120,9 @@ def batches(data: Pictures, batch_size: int, workers: int, device: str = "cpu") 
             yield {key: value.to(device) for key, value in batch.items()}
 
 
-def train(net: nn.Module, optimiser: torch.optim.Optimizer, source: Iterator[dict[str, Tensor]], steps: int) -> float:
+def train(net: nn.Module, optimiser: torch.optim.Optimizer, source: Iterator[dict[str, Tensor]], steps: int) -> None:
     """The tutorials' loop: float32, contiguous, L1 masked by multiplication, the loss read at each step."""
     net.train()
-    shown = 0.0
     for _ in range(steps):
         batch = next(source)
         optimiser.zero_grad()
@@ -131,8 +130,7 @@ def train(net: nn.Module, optimiser: torch.optim.Optimizer, source: Iterator[dic
         loss = _l1(net(batch["rgb"]), batch["depth"], mask)
         loss.backward()
         optimiser.step()
-        shown = loss.item()
-    return shown
+        loss.item()
 
 
 def fill_system(rgb: np.ndarray, depth: np.ndarray) -> tuple[Any, np.ndarray]:
