@@ -312,7 +312,8 @@ class Item:
         return self.page == "beyond"
 
 
-def manifest(budget: str, data: str | None = None, pictures: str | None = None) -> dict[str, Item]:
+@functools.lru_cache(maxsize=32)  # pages ask for the same ones dozens of times
+def manifest(budget: str, data: str | None = None, pictures: str | None = None) -> Mapping[str, Item]:
     """The runs behind each figure, table and question at the given budget; one run may serve several.
 
     Args:
@@ -320,13 +321,8 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
         pictures: a folder of the folds of real RGB-D pairs; with it comes the question of transfer to them.
 
     The order is that of what they teach per hour of computing: the main grid, then Figure 5, then what the paper lacks.
+    Those without a run are left out.
     """
-    return {item.name: item for item in _items(budget, data, pictures)}
-
-
-@functools.lru_cache(maxsize=32)  # pages ask for the same ones dozens of times
-def _items(budget: str, data: str | None, pictures: str | None) -> tuple[Item, ...]:
-    """What `manifest` is made of, in its order; those without a run are left out."""
     row = BUDGETS[make_run(budget).budget]
 
     def runs(losses: Iterable[str], sizes: Iterable[str] = ("12k",), **fields: Any) -> tuple[Run, ...]:
@@ -396,7 +392,7 @@ def _items(budget: str, data: str | None, pictures: str | None) -> tuple[Item, .
         Item("pretraining", "What do ImageNet weights bring?",
              runs(("l1", "gan"), pretrained=not row.pretrained) if row.encoder != "tiny" else ()),
     ]  # fmt: skip
-    return tuple(item for item in items if item.runs)  # some have no sense on some data
+    return types.MappingProxyType({item.name: item for item in items if item.runs})  # some make no sense on some data
 
 
 def _transfer(grid: Iterable[Run], pictures: str, steps: int) -> tuple[Run, ...]:

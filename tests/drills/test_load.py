@@ -170,7 +170,7 @@ def test_a_batch_of_five_hundred_runs_is_planned_and_found_done_in_seconds(drill
     record = execute(first, tmp_path / "runs" / "drill", tmp_path / "runs" / "data", device="cpu")
     row = dataclasses.replace(BUDGETS["drill"], seeds=seeds, beyond_seeds=seeds)
     monkeypatch.setattr("d3lib.experiments.BUDGETS", {**BUDGETS, "drill": row})
-    monkeypatch.setattr(experiments, "_items", experiments._items.__wrapped__)  # not those of the budget as it was
+    monkeypatch.setattr(experiments, "manifest", experiments.manifest.__wrapped__)  # not those of the budget as it was
     for key, run in runs_to_do("drill").items():
         folder = tmp_path / "runs" / "drill" / key
         folder.mkdir(exist_ok=True)
