@@ -114,8 +114,7 @@ class Cell:
         """Whether a record's `run` is one of this cell; fields that an older record lacks have their defaults."""
         own = _own_settings(run["budget"], run["data"])
         wanted = own | {"loss": self.loss, "train_set": self.train_set} | dict(self.changed)
-        found = {name: run.get(name, own[name]) for name in own} | {"lam": _lam(run)}
-        return found == wanted
+        return {name: run.get(name, own[name]) for name in own} == wanted
 
 
 @functools.cache
@@ -123,12 +122,6 @@ def _own_settings(budget: str, data: str) -> dict[str, Any]:
     """A budget's settings, less those that may differ within a cell."""
     fields = dataclasses.asdict(make_run(budget, data=data))
     return {name: value for name, value in fields.items() if name not in FREE}
-
-
-def _lam(run: Mapping[str, Any]) -> float | None:
-    """A run's λ, `None` for its loss's own. Before λ belonged to all losses, every record held gan's 20."""
-    lam = run.get("lam")
-    return None if lam == 20 and (run["loss"] == "gan" or "pooled" not in run) else lam
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ NEWER = ("pooled", "adversarial_from", "skips", "pooling", "output", "target", "
 def test_a_record_from_before_the_newer_fields_counts_as_the_main_grid():
     grid = [r for r in world(1) if r["run"]["lam"] is None]
     main = [r for r in grid if all(r["run"][k] == getattr(make_run("study"), k) for k in NEWER)]
-    old = [r | {"run": {k: v for k, v in r["run"].items() if k not in NEWER} | {"lam": 20.0}} for r in main]
+    old = [r | {"run": {k: v for k, v in r["run"].items() if k not in NEWER}} for r in main]
     (found,) = verdicts(old).values()
     assert found["more data"] == judged(1)["more data"]
     assert found["small sets"].status == "supported"
