@@ -22,7 +22,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,8 @@ class FolderRGBD(torch.utils.data.Dataset):
         self.strays: dict[str, str] = {}
         rgb = self._list("rgb", RGB_SUFFIXES)
         depth = self._list("depth", DEPTH_SUFFIXES)
-        times = [{stem: time_of(stem) for stem in files} for files in (rgb, depth)]
-        known = [{stem: time for stem, time in side.items() if time is not None} for side in times]
-        by_time = all(2 * len(dated) > len(side) for dated, side in zip(known, times, strict=True))
+        known = [{stem: t for stem in files if (t := time_of(stem)) is not None} for files in (rgb, depth)]
+        by_time = all(2 * len(times) > len(files) for times, files in zip(known, (rgb, depth), strict=True))
         self.paired_by = "time" if by_time else "name"
         if by_time:
             partners, apart = pair_by_time(*known, tolerance)
@@ -168,7 +167,7 @@ def write_folds(pictures: str | Path, target: str | Path, folds: int, apart: int
         raise UserError(f"{pictures}: {len(pairs)} pairs make 2 to {len(pairs) // 2} folds of two or more, not {folds}")
     if target.exists() or target.resolve().is_relative_to(Path(pictures).resolve()):
         raise UserError(f"{target}: exists already, or lies among the pictures; name another folder")
-    times = [time_of(name) if pairs.paired_by == "time" else None for name in pairs.names]
+    times = [time_of(name) for name in pairs.names] if pairs.paired_by == "time" else range(len(pairs))
     cuts = [0, *_cuts(times, folds), len(pairs)]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as place:
@@ -190,16 +189,15 @@ def write_folds(pictures: str | Path, target: str | Path, folds: int, apart: int
     return [last - first for first, last in itertools.pairwise(cuts)]
 
 
-def _cuts(times: list[float | None], folds: int) -> list[int]:
-    """Where each stretch but the first begins."""
+def _cuts(times: Sequence[float], folds: int) -> list[int]:
+    """Where each stretch but the first begins: after the longest pause in reach, of equal ones the most central."""
     count = len(times)
     reach = count // (4 * folds)
     cuts = []
     for part in range(1, folds):
         middle = round(part * count / folds)
         near = sorted(range(middle - reach, middle + reach + 1), key=lambda index: abs(index - middle))
-        pauses = {i: b - a for i in near if (a := times[i - 1]) is not None and (b := times[i]) is not None}
-        cuts.append(max(pauses, key=pauses.__getitem__) if pauses else middle)
+        cuts.append(max(near, key=lambda index: times[index] - times[index - 1]))
     return cuts
 
 
