@@ -188,14 +188,13 @@ def read_rerun(path: Path = BOOK / "rerun.json") -> dict[str, Any] | None:
     if not path.is_file():
         return None
     kept = read_json(path, format=RERUN)
+    kinds = {"key": str, "rms_then": float, "rms_now": float, "same_weights": bool, "same_data": bool}
     try:
-        kinds = [(kept["provenance"]["code_digest"], str)]
-        for outcome in kept["outcomes"]:
-            kinds += [(outcome["key"], str), *((outcome[name], float) for name in ("rms_then", "rms_now"))]
-            kinds += [(outcome[name], bool) for name in ("same_weights", "same_data")]
+        found = [(kept["provenance"]["code_digest"], str)]
+        found += [(outcome[name], kind) for outcome in kept["outcomes"] for name, kind in kinds.items()]
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path}: lacks {error}; delete it, or make it again by `make rerun RECORD={path}`") from error
-    for value, kind in kinds:
+    for value, kind in found:
         if type(value) is not kind:
             raise UserError(f"{path}: {value!r} should be a {kind.__name__}; delete it, or make it again")
     return kept
