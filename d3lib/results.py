@@ -126,9 +126,15 @@ def load_baselines(budget: str, out: Path, item: str = "fig2") -> dict[str, dict
     return found
 
 
-def score(record: Mapping[str, Any], metric: str, part: str = "test", pooling: str = "pooled") -> float | None:
-    """One number of a record: the chosen weights' metric on a set, against the depth that counts for its data."""
-    return record["metrics"]["chosen"][part][record["data"]["target"]][pooling][metric]
+def score(
+    record: Mapping[str, Any], metric: str, part: str = "test", pooling: str = "pooled", weights: str = "chosen"
+) -> float | None:
+    """One number of a record: a metric on a set, against the depth that counts for its data.
+
+    Args:
+        weights: "chosen", those with the least validation error, or "last".
+    """
+    return record["metrics"][weights][part][record["data"]["target"]][pooling][metric]
 
 
 def scores(records: Iterable[Mapping[str, Any]], metric: str) -> list[float]:

@@ -257,4 +257,4 @@ peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM
 print(int(peak) / 1024)
 """
     peak = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert peak < 400
+    assert peak < 500  # of which Python, NumPy, SciPy and the compiled kernels are some 250, more with newer Python
