@@ -319,3 +319,29 @@ def test_bad_arguments_are_refused():
 
 def test_the_residual_edges_are_the_shares_limits_too():
     assert {0.01, 0.1, 1.0, 10.0} < set(RESIDUALS) and RESIDUALS[0] == 0.001
+
+
+def test_distances_are_cut_at_ten_pixels():
+    edges = torch.zeros(1, 1, 5, 40, dtype=torch.bool)
+    edges[..., 2, 0] = True
+    expected = np.minimum(np.hypot(*np.mgrid[-2:3, 0:40]), 10)
+    np.testing.assert_allclose(edge_distance(edges)[0, 0].numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("holes", "counts"), [(10, True), (11, False)])
+def test_a_map_with_more_than_a_twentieth_of_holes_is_left_out_of_the_spectrum(holes, counts):
+    target = tensor(rooms(5, n=1, size=(10, 20)))
+    valid = torch.ones_like(target, dtype=torch.bool)
+    valid.view(-1)[:holes] = False
+    assert (details(target, target, valid)["spectrum_high"] is not None) == counts
+
+
+def test_of_two_equal_jumps_side_by_side_one_is_the_edge():
+    log_depth = torch.tensor([-1.0] * 15 + [0.0] + [1.0] * 15, dtype=torch.float64)
+    depth = log_depth.exp().expand(1, 1, 9, 31)
+    assert (depth_edges(depth, torch.ones_like(depth, dtype=torch.bool)).sum(-1) == 1).all()
+
+
+def test_an_error_on_the_border_of_two_bins_is_in_the_upper_one():
+    counts = details(torch.full((1, 1, 2, 2), 2.0), torch.full((1, 1, 2, 2), 1.0))["residuals"]["counts"]
+    assert counts[RESIDUALS.index(1.0)] == 4 == sum(counts)

@@ -8,7 +8,18 @@ import pytest
 
 from d3lib import experiments, losses, models
 from d3lib.errors import UserError
-from d3lib.experiments import BUDGETS, LOSSES, TRAIN_SETS, Run, all_runs, find_run, make_run, manifest, pages_of
+from d3lib.experiments import (
+    BUDGETS,
+    LOSSES,
+    TRAIN_SETS,
+    Run,
+    all_runs,
+    find_run,
+    make_run,
+    manifest,
+    pages_of,
+    runs_to_do,
+)
 from d3lib.results import paper_numbers
 
 
@@ -65,6 +76,7 @@ def test_real_pictures_bring_the_question_of_transfer_in_pairs():
     assert [dataclasses.replace(run, init="") for run in tuned] == scratch and len(set(scratch)) == 3 * 5
     grid = {f"run:{run.key}": run for run in manifest("study")["fig2"].runs}
     assert all((grid[run.init].loss, grid[run.init].seed) == (run.loss, run.seed) for run in tuned)
+    assert {run.steps for run in runs} == {500}  # of a few pictures no more is learnt
     assert pages_of("study", "transfer", pictures="/pictures").keys() == {"real"}
 
 
@@ -93,9 +105,33 @@ def test_longer_runs_are_the_main_grids_in_all_but_their_end_and_only_a_cpus_stu
         assert dataclasses.replace(run, steps=run.steps // 4, evaluations=run.evaluations // 4) in grid
 
 
+def test_a_budgets_own_numbers_stand_behind_its_sets_rates_and_counts():
+    assert [BUDGETS["study"].frames(name) for name in TRAIN_SETS] == [249, 249 * 15, 249 * 290]
+    assert {run.learning_rate for run in manifest("laptop")["rate"].runs} == {5e-4, 2e-3}  # half and twice its 1e-3
+    assert make_run("smoke", steps=7, batch_size=2).images == 14
+    assert make_run("smoke", scenes=BUDGETS["smoke"].train_scenes).scenes == 83
+
+
+@pytest.mark.parametrize(
+    ("budget", "data", "target"),
+    [("study", "nyu", "filled"), ("paper", None, "filled"), ("paper", "rooms", "sensor"), ("study", None, "sensor")],
+)
+def test_training_depth_is_filled_on_nyu_alone_whatever_the_budget(budget, data, target):
+    assert make_run(budget, data=data).target == target
+
+
+def test_a_run_comes_after_the_one_whose_weights_it_starts_from():
+    todo = runs_to_do("study", "transfer", pictures="/pictures")
+    order, starts = list(todo), {run.init.removeprefix("run:") for run in todo.values()} - {""}
+    assert set(order[: len(starts)]) == starts and len(starts) == 3
+    assert len(order) == 3 + 2 * 3 * 5
+
+
 def test_a_key_finds_its_run_and_an_unknown_key_is_refused():
     run = manifest("study")["rate"].runs[3]
     assert find_run(run.key) == run
+    stand_in = make_run("paper", data="rooms")  # rooms, where NYU is absent
+    assert find_run(stand_in.key) == stand_in
     with pytest.raises(UserError, match="no budget has a run 'l1-nothing'"):
         find_run("l1-nothing")
 
@@ -167,6 +203,14 @@ def test_a_key_does_not_depend_on_the_hash_seed():
         ({"scenes": 84}, "scenes is 84"),
         ({"target": "exact", "data": "nyu"}, "target must be filled or sensor"),
         ({"gpus": 3}, "cannot be shared by 3"),
+        ({"learning_rate": True}, "learning_rate must be float"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"beta2": 1.0}, "beta2 is 1.0"),
+        ({"clip_norm": -1.0}, "clip_norm is -1.0"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"batch_size": 1, "height": 32, "width": 63}, "batch normalisation"),
+        ({"loss": "gan", "adversarial_from": 1.0}, "adversarial_from is 1.0"),
+        ({"loss": "eigen", "variant": "released", "pooled": True}, "has no pooled form"),
     ],
 )
 def test_a_wrong_run_is_refused_in_one_line(fields, words):

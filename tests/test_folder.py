@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import struct
+import time
 import zipfile
 import zlib
 from datetime import UTC, datetime, timedelta
@@ -132,6 +133,22 @@ def test_pairing_by_time_equals_brute_force_and_uses_nothing_twice(left, right, 
         assert apart[a] == min(abs(rgb[a] - t) for t in depth.values()) == min(abs(t - depth[b]) for t in rgb.values())
 
 
+def test_the_tolerance_itself_is_within_it_and_half_of_the_names_are_not_most(tmp_path):
+    assert pair_by_time({"a": 1.0}, {"b": 1.5}, 0.5) == ({"a": "b"}, {"a": 0.5})
+    half = ["1305031102.175304.png", "cover.png"]
+    assert FolderRGBD(folder(tmp_path, half, half), "train").paired_by == "name"
+
+
+def test_a_time_is_utc_wherever_the_machine_stands(monkeypatch):
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        assert time_of("1970-01-02T00:00:00") == 86400
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_ten_thousand_frames_a_side_pair_in_seconds():
     rng = np.random.default_rng(0)
     start = 1.5e9 + np.arange(10_000) / 30
@@ -192,6 +209,7 @@ def test_zero_nan_infinite_and_far_pixels_are_invalid(tmp_path):
     assert (sample["depth"][~sample["valid"]] == 0).all() and np.isfinite(sample["depth"].numpy()).all()
     assert np.array_equal(sample["depth"][0][2:], depth[2:])
     assert not FolderRGBD(root, "train", max_depth=9.4)[0]["valid"][0, 1, 0]
+    assert FolderRGBD(root, "train", max_depth=9.5)[0]["valid"][0, 1, 0]
 
 
 def test_a_sample_is_what_every_source_gives_at_any_size(tmp_path):
@@ -287,6 +305,8 @@ BAD_DEPTH = {
     "all NaN": ("a.npy", DEPTH * np.nan, "no valid depth"),
     "all too far": ("a.npy", DEPTH + 80, "no valid depth"),
     "another aspect": ("a.png", MM.T.copy(), "has not the aspect"),
+    "a column too few": ("a.png", MM[:, 1:].copy(), "has not the aspect"),
+    "hundreds of metres": ("a.npy", DEPTH * 50, "wrong scale"),
     "a pickle": ("a.npy", np.array([[print, 1]], dtype=object), "not a readable .npy"),
 }
 

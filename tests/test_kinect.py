@@ -157,3 +157,25 @@ def test_disparities_below_600_are_dropped():
 def test_other_shapes_and_types_are_refused(rgb, raw):
     with pytest.raises(UserError, match="Kinect's is"):
         kinect.project(rgb, raw)
+
+
+@pytest.mark.parametrize(("disparity", "kept"), [(601, True), (599, False)])
+def test_the_bound_on_disparities_is_600(disparity, kept):
+    raw = np.full((480, 640), disparity, np.uint16)
+    raw[0, 0] = kinect.INVALID  # a picture's largest value counts as missing
+    out = kinect.undistort_depth(raw)[200:210, 300:310]
+    np.testing.assert_allclose(out, disparity if kept else kinect.INVALID, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rgb", "raw"),
+    [
+        (np.zeros((480, 640, 3), np.uint8), RAW.astype(np.float64)),
+        (np.zeros((480, 640, 3), np.float32), RAW),
+        (np.zeros((3, 480, 640), np.uint8), RAW),
+        (np.zeros((480, 640, 3), np.uint8), RAW.T),
+    ],
+)
+def test_pictures_of_other_shapes_or_types_are_not_projected(rgb, raw):
+    with pytest.raises(UserError, match="a Kinect's is"):
+        kinect.project(rgb, raw)

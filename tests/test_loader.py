@@ -168,6 +168,18 @@ def test_flips_differ_between_steps_and_between_seeds_and_not_otherwise(store):
     assert len({flip for seed in range(3) for flip in flips(seed)}) > 25
 
 
+def test_flips_have_a_random_stream_of_their_own_and_are_as_they_always_were(store):
+    # pinned as the order is: NumPy's PCG64 of (seed, 1, step), the top bit of each number; the order draws from 0
+    for step, flips in enumerate(take(zip(*_flipped_and_plain(store, seed=3), strict=True), 4)):
+        mirrored, plain = (batch["rgb"] for batch in flips)
+        bits = np.random.PCG64(np.random.SeedSequence((3, 1, step))).random_raw(8) >> np.uint64(63)
+        assert [not torch.equal(a, b) for a, b in zip(mirrored, plain, strict=True)] == bits.astype(bool).tolist()
+
+
+def _flipped_and_plain(store, seed):
+    return (train_batches(store, frames=None, batch_size=8, seed=seed, flip=flip) for flip in (True, False))
+
+
 def test_flips_leave_the_frames_in_memory_alone(store):
     memory = open_store(store.path, in_memory=True)
     take(train_batches(memory, frames=None, batch_size=5, seed=0), 20)
@@ -238,7 +250,8 @@ def test_a_resized_picture_is_what_pillow_makes_of_it(size):
     expected = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(int)
     resized = resize_sample({"rgb": rgb}, size)["rgb"]
     assert resized.dtype == torch.uint8
-    assert np.abs(resized.numpy().astype(int) - expected).max() <= 1
+    off = resized.numpy().astype(int) - expected
+    assert np.abs(off).max() <= 1 and abs(off.mean()) < 0.25  # rounded, not cut off
     as_float = resize_sample({"rgb": to_float(rgb)}, size)["rgb"]
     assert np.abs(as_float.numpy() * 255 - expected).max() <= 1.5
 

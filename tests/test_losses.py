@@ -284,6 +284,13 @@ def test_the_gradient_of_a_narrow_prediction_comes_back_narrow(name, variant):
     assert narrow.grad.dtype == torch.bfloat16 and narrow.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_gradient_beyond_float16_saturates_on_both_sides(sign):
+    pred = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float16, requires_grad=True)
+    (1e6 * build_loss("l1")(pred, torch.full((1, 1, 1, 1), 2.0 - sign))).backward()
+    assert pred.grad.item() == sign * 65504  # float16's largest number
+
+
 @every_loss
 def test_a_million_pixels_in_float32_agree_with_float64(name, variant):
     pred, target, mask = (torch.from_numpy(a)[:, None] for a in batch(16, shape=(1, 1000, 1000), low=0.6))
@@ -353,6 +360,8 @@ def test_the_discriminator_sees_the_same_holes_in_true_and_predicted_depth():
     ends = torch.tensor([[[[0.0, 1.0]]]])
     scaled = losses.discriminator_input(10 * ends, ends.expand(1, 3, 1, 2), torch.ones_like(ends).bool())
     assert torch.equal(scaled, torch.tensor([-1.0, 1.0]).expand(1, 4, 1, 2))
+    near = losses.discriminator_input(4 * ends, ends.expand(1, 3, 1, 2), torch.ones_like(ends).bool(), max_depth=4.0)
+    assert torch.equal(near, scaled)
 
 
 def test_losses_can_be_pickled_for_worker_processes():

@@ -281,3 +281,28 @@ def test_a_protocol_is_frozen_and_checks_itself():
     ]:
         with pytest.raises(UserError, match=words):
             Protocol(**options)
+
+
+def test_the_sums_of_an_image_are_those_of_its_pixels_by_hand():
+    target, pred = torch.tensor([4.0, 2.0, 3.0]), torch.tensor([2.0, 2.2, 9.0])
+    mask = torch.tensor([True, True, False])
+    found = image_sums(*(x.view(1, 1, 1, 3) for x in (pred, target, mask)))[0].tolist()
+    d = [math.log(4 / 2), math.log(2 / 2.2)]  # ln y - ln y_hat: positive where the prediction is too near
+    squares = [2.0**2, 0.2**2, d[0] ** 2 + d[1] ** 2]
+    expected = [2, 0.5 + 0.1, squares[0] / 4 + squares[1] / 2, (d[0] - d[1]) / math.log(10), squares[0] + squares[1]]
+    assert found == pytest.approx([*expected, squares[2], sum(d), 1, 1, 1], rel=1e-6)
+
+
+def test_at_network_size_the_target_is_the_pixel_in_the_middle():
+    numbers = torch.arange(9.0 * 15).view(1, 1, 9, 15)  # each 3 x 3 pixels of it become one
+    _, small, _ = Protocol(size="network", max_depth=1e3).apply(torch.ones(1, 1, 3, 5), numbers)
+    assert torch.equal(small, numbers[..., 1::3, 1::3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_prediction_is_widened_before_it_is_resized(dtype):
+    pred = (torch.rand(1, 1, 8, 10, generator=torch.Generator().manual_seed(0)) + 5).to(dtype)
+    target = torch.full((1, 1, 32, 40), 2.0)
+    narrow, exact = (Protocol().apply(x, target)[0] for x in (pred, pred.double()))
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), exact, rtol=1e-6, atol=0)

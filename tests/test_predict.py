@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from d3lib import predict
 from d3lib.artefacts import load_weights, save_weights, write_json
 from d3lib.errors import UserError
 from d3lib.evaluation import as_predictor, load_network
@@ -41,7 +42,7 @@ def read_ply(path):
 
 
 def test_a_picture_becomes_a_coloured_map_millimetres_and_points(photo, weights, tmp_path):
-    paths = predict_picture(photo, weights, tmp_path / "to", (100, 100, 60, 45))
+    paths = predict_picture(photo, weights, tmp_path / "to", (100, 80, 60, 45))
     coloured, millimetres, cloud = paths
     assert Image.open(coloured).size[0] > 500
     depth_mm = np.asarray(Image.open(millimetres))
@@ -54,7 +55,7 @@ def test_a_picture_becomes_a_coloured_map_millimetres_and_points(photo, weights,
     # the pixel at column 10, row 20, by hand
     x, y, z = points["p"][20 * 120 + 10]
     assert z == depth[20, 10]
-    assert (x, y) == pytest.approx(((10 - 60) * z / 100, (20 - 45) * z / 100), rel=1e-5)
+    assert (x, y) == pytest.approx(((10 - 60) * z / 100, (20 - 45) * z / 80), rel=1e-5)
     assert tuple(points["c"][20 * 120 + 10]) == tuple(rgb[20, 10])
 
 
@@ -96,7 +97,7 @@ def test_the_books_network_is_small_and_says_what_it_is():
     assert depth.shape == (1, 1, 96, 128) and 0 < depth.min() and depth.max() < 10
 
 
-@pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "0,1,2,3", "1,1,nan,2", ""])
+@pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "0,1,2,3", "1,0,2,3", "1,1,nan,2", ""])
 def test_wrong_intrinsics_are_refused(text):
     with pytest.raises(UserError, match="intrinsics"):
         parse_intrinsics(text)
@@ -107,6 +108,23 @@ def test_a_sliver_of_a_picture_is_refused_rather_than_blown_up(weights, tmp_path
     Image.fromarray(np.zeros((1, 3000, 3), np.uint8)).save(path)
     with pytest.raises(UserError, match="too narrow"):
         predict_picture(path, weights)
+    with pytest.raises(UserError, match="too narrow"):
+        predict_depth(np.zeros((3, 20, 161), np.uint8), weights)
+    depth, _ = predict_depth(np.zeros((3, 160, 20), np.uint8), weights)  # eight times as high as wide is the last
+    assert depth.shape == (160, 20)
+
+
+def test_a_picture_is_seen_at_the_height_of_training_in_its_own_aspect(weights):
+    rgb = np.random.default_rng(1).integers(0, 256, (3, 64, 112), dtype=np.uint8)  # nothing to resize
+    net, _ = load_network(weights)
+    expected = as_predictor(net)(torch.from_numpy(rgb)[None] / 255)[0, 0].numpy()
+    np.testing.assert_allclose(predict_depth(rgb, weights)[0], expected, rtol=1e-5)
+
+
+def test_depth_beyond_sixteen_bits_of_millimetres_is_the_largest_number(photo, weights, monkeypatch):
+    far = np.full((90, 120), 70.0, np.float32), {"trained_on": "noise", "key": "k"}
+    monkeypatch.setattr(predict, "predict_depth", lambda *_: far)
+    assert (np.asarray(Image.open(predict_picture(photo, weights)[1])) == 65535).all()
 
 
 def test_a_picture_that_is_none_is_refused(weights, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 
 import pytest
 
@@ -151,6 +152,40 @@ def test_records_are_drawn_of_every_version_of_the_code_and_of_every_loss_in_tur
 def test_a_rerun_vouches_for_no_other_budget_encoder_data_or_code(book, other):
     rerun(book, TEN)
     assert not is_current(trained("a", "old", **other)) and not is_current(trained("a", "a third"))
+
+
+def test_a_rerun_vouches_for_no_other_device(book):
+    rerun(book, TEN)
+    elsewhere = trained("a", "old")
+    elsewhere["provenance"]["device"] = "another"
+    assert is_current(trained("a", "old")) and not is_current(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("host", "fault", "state"),
+    [
+        (None, ProcessLookupError, "interrupted"),
+        (None, PermissionError, "running"),  # somebody else's process, so it is there
+        ("elsewhere", ProcessLookupError, "running"),  # of another machine's process one sees nothing
+    ],
+)
+def test_a_run_whose_process_is_gone_is_interrupted_if_one_can_know(tmp_path, monkeypatch, host, fault, state):
+    def kill(pid, signal):
+        raise fault
+
+    monkeypatch.setattr(records.os, "kill", kill)
+    content = {"state": "running", "error": "", "pid": 12345, "host": host or platform.node()}
+    write_json(tmp_path / "state.json", content, format=records.STATE)
+    assert records.State(tmp_path).read()[0] == state
+
+
+def test_a_model_card_says_in_per_cent_how_the_run_ended_and_shows_no_number_where_there_is_none():
+    steady = [{"images": k, "test_rms": 2.05 - 0.05 * k} for k in range(1, 21)]  # by 0.2 m in a fifth, 1.15 m its mean
+    record = json.loads(json.dumps(committed_records()[0])) | {"curve": steady}
+    record["metrics"]["chosen"]["test"]["exact"]["pooled"] |= {"rms": 0.5, "rel": None, "d1": 0.25}
+    card = records.model_card(record)
+    assert "Converged: no, test RMSE changed by -17.4% in the last fifth of the run." in card
+    assert "| 0.500 | - | 0.250 |" in card
 
 
 @pytest.mark.parametrize(

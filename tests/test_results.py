@@ -45,6 +45,8 @@ def test_the_paper_column_holds_75_distinct_numbers():
         ([record(0.714), record(0.712), record(0.716)], "reproduced"),
         ([record(0.6), record(0.7), record(0.8)], "inconclusive"),
         ([record(0.814), record(0.812), record(0.816)], "differs"),
+        ([record(0.706), record(0.714), record(0.722)], "inconclusive"),  # 0.040 to either side, 5.6 % of the value
+        ([record(0.7, budget="gate", data="rooms")], "other data"),
     ],
 )
 def test_a_status_follows_the_rule(records, status):
@@ -55,12 +57,54 @@ def test_a_record_of_other_training_code_is_marked_older():
     old = record(0.7, data="rooms")
     old["provenance"]["code_digest"] = "0" * 64
     assert cell_status(0.714, [old], "rms") == "other data, older"
+    assert cell_status(0.714, [record(0.7, data="rooms"), old], "rms") == "other data, older"
+
+
+def test_a_score_of_zero_is_a_score_and_none_is_not():
+    assert results.scores([record(0.0), record(None), record(0.5)], "rms") == [0.0, 0.5]
+
+
+def test_the_difference_is_ours_less_the_papers_where_they_compare():
+    number = next(n for n in paper_numbers() if n.item == "fig2")
+    cell = results.Cell(number, number.value + 0.25, None, 1, "differs, older", ("k",))
+    assert cell.difference == pytest.approx(0.25)
+    assert dataclasses.replace(cell, status="other data").difference is None
+
+
+def test_a_run_of_any_seed_stands_for_a_number_and_one_with_another_setting_for_none():
+    number = next(n for n in paper_numbers() if (n.item, n.method, n.train_set) == ("fig2", "l2", "795"))
+    for seed in (0, 4):
+        run = make_run("study", loss="l2", train_set="795", seed=seed)
+        assert results.stands_for(dataclasses.asdict(run), number)
+        assert not results.stands_for(dataclasses.asdict(dataclasses.replace(run, learning_rate=1e-4)), number)
+
+
+def test_a_page_says_which_records_are_of_the_book_and_that_some_are_older(tmp_path, monkeypatch):
+    runs = all_runs("study", "skips")
+    found = [record(0.5, **dataclasses.asdict(run)) | {"key": key} for key, run in runs.items()]
+    monkeypatch.setattr(results, "committed_records", lambda: found[1:])
+    write_json(tmp_path / "study" / found[0]["key"] / "record.json", found[0], format=RECORD, version=RECORD_VERSION)
+    text = results.what_stands_behind("study", tmp_path, "skips")
+    assert "3 of 3 runs have a record. 2 of them came with the book." in text and "older" not in text
+    found[2]["provenance"] = {"code_digest": "0" * 64}
+    assert "older version" in results.what_stands_behind("study", tmp_path, "skips")
+
+
+def test_baselines_of_this_copy_come_before_those_of_the_book(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "BOOK", tmp_path / "book")
+    for place, sizes in (("book", ("795", "12k")), ("out", ("795",))):
+        for size in sizes:
+            path = results.baselines_path(make_run("study", train_set=size), tmp_path / place / "study")
+            write_json(path, {"from": place}, format="d3lib-baselines", version=1)
+    found = results.load_baselines("study", tmp_path / "out")
+    assert found == {"795": {"from": "out"}, "12k": {"from": "book"}}
 
 
 def test_without_any_run_every_cell_says_not_run(tmp_path):
     cells = compare("smoke", tmp_path)
     assert {cell.status for cell in cells} == {"not run"}
     assert all(cell.ours is None and cell.n == 0 for cell in cells)
+    assert {cell.paper.method for cell in cells if cell.paper.item == "table2"} == {"D3-Net"}
     assert f"{len(all_runs('smoke'))} not run" in status_text("smoke", tmp_path)
 
 
@@ -131,6 +175,7 @@ def test_a_contrast_pairs_each_run_with_the_run_of_its_seed_that_differs_in_one_
     assert rows["berhu", "learning_rate 0.0004"].differences == pytest.approx((0.02, 0.021, 0.022))
     assert rows["berhu", "learning_rate 0.0001"].differences == pytest.approx((0, 0, 0))
     assert rows["l1", "learning_rate 0.0001"].differences == rows["l1", "learning_rate 0.0001"].values == ()
+    assert results.contrasts("study", tmp_path, "reference") == []  # nothing is compared with itself
 
 
 def test_kept_records_of_real_pictures_name_no_place_and_serve_who_has_no_pictures_of_their_own(tmp_path, monkeypatch):

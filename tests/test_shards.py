@@ -229,6 +229,16 @@ def test_a_store_made_again_at_the_same_place_is_not_confused_with_the_old_one(t
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+def test_a_store_in_memory_is_never_read_again(store):
+    memory = open_store(store.path, in_memory=True)
+    plain = store.__getitems__([5, 0])
+    for file in store.path.glob("*.h5"):
+        file.unlink()
+    shards._open_shard.cache_clear()
+    found = memory.__getitems__([5, 0])
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+
+
 def test_indices_beyond_the_store_raise_so_that_iteration_ends(store):
     assert len(list(store)) == 7
     for index in (-1, 7):
@@ -253,6 +263,7 @@ def _bad(**changes):
         ([_bad(rgb=torch.zeros(2, 1, 6, 8, dtype=torch.uint8))], "frame 0"),
         ([_bad(depth=torch.full((2, 1, 6, 8), torch.nan))], "65.535"),
         ([_bad(depth=torch.full((2, 1, 6, 8), 65.6))], "65.535"),
+        ([_bad(depth=torch.full((2, 1, 6, 8), 65.5358))], "65.535"),  # 65536 mm would be 0 in 16 bits
         ([_bad(depth=torch.full((2, 1, 6, 8), -1.0))], "65.535"),
         ([_bad(depth=torch.full((2, 1, 6, 8), 0.0004))], "65.535"),
     ],

@@ -120,6 +120,88 @@ def test_the_adversarial_term_enters_after_so_many_steps_of_l1_alone():
     assert not torch.equal(longer, run(weighted, 5)[0])
 
 
+class Line(torch.nn.Module):
+    """Depth = a + b times the first colour: small enough to be trained by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.modes = []
+
+    def forward(self, rgb):
+        self.modes.append(self.training)
+        return self.w[0] + self.w[1] * rgb[:, :1]
+
+
+@pytest.mark.parametrize("clip", [0.0, 4.0])
+def test_the_steps_are_adams_with_the_rate_the_decays_and_the_clipping_asked_for(clip):
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(size=(2, 4, 2, 3, 2, 2))
+    y = y[:, :, :1] * np.array([1, 9, 3, 0.5])[:, None, None, None, None]  # gradients of all sizes
+    w, mean, square, norms = np.array([1.0, 2.0]), 0, 0, []
+    for t in range(1, 5):  # Kingma and Ba (2015), algorithm 1
+        off, colour = w[0] + w[1] * x[t - 1][:, :1] - y[t - 1], x[t - 1][:, :1]
+        gradient = np.array([np.mean(2 * off), np.mean(2 * off * colour)])
+        norms.append(np.linalg.norm(gradient))
+        gradient *= min(1, clip / norms[-1]) if clip else 1
+        mean, square = 0.3 * mean + 0.7 * gradient, 0.9 * square + 0.1 * gradient**2
+        w = w - 0.05 * mean / (1 - 0.3**t) / (np.sqrt(square / (1 - 0.9**t)) + 1e-8)
+    assert min(norms) < 4 < max(norms)
+    batches = [
+        {"rgb": torch.tensor(a).float(), "depth": torch.tensor(b).float(), "valid": torch.ones(b.shape).bool()}
+        for a, b in zip(x, y, strict=True)
+    ]
+    net = Line()
+    options = {"learning_rate": 0.05, "betas": (0.3, 0.9), "clip_norm": clip}
+    fit(net, build_loss("l2"), lambda start: iter(batches), steps=4, **options)
+    np.testing.assert_allclose(net.w.detach().numpy(), w, rtol=1e-5)
+
+
+def test_the_weights_kept_are_those_of_the_first_best_point_and_training_goes_on_in_training_mode():
+    errors, seen = iter([3.0, 1.0, 1.0, 2.0]), []
+
+    def evaluate(net):
+        seen.append(net.w.detach().clone())
+        net.eval()
+        return {"val_rms": next(errors)}
+
+    net = Line()
+    trace = fit(net, build_loss("l1"), stream, steps=4, evaluations=4, evaluate=evaluate)
+    assert trace.best_step == 2 and torch.equal(trace.best_weights["w"], seen[1])
+    assert not torch.equal(seen[1], net.w) and net.modes == [True] * 4
+
+
+def test_the_first_step_that_was_not_finite_is_named():
+    calls = []
+
+    def loss(pred, depth, valid):
+        calls.append(1)
+        return pred.mean() * (float("nan") if len(calls) > 1 else 1)
+
+    with pytest.raises(DivergedError) as caught:
+        fit(Line(), loss, stream, steps=4, evaluations=1)
+    assert caught.value.step == 2
+
+
+@pytest.mark.parametrize(("seconds", "step"), [(0.0, 3), (60.0, None)])
+def test_a_checkpoint_is_saved_once_its_time_has_come_and_not_before(seconds, step, tmp_path):
+    def cut(start):
+        yield from (scene_batch(seed=k) for k in range(3))
+        raise InterruptedError
+
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(InterruptedError):
+        fit(Line(), build_loss("l1"), cut, steps=9, evaluations=1, checkpoint=path, checkpoint_seconds=seconds)
+    assert (torch.load(path, weights_only=True)["step"] if path.exists() else None) == step
+
+
+def test_a_run_that_is_told_to_stop_at_its_last_step_is_done(tmp_path):
+    assert len(fit(Line(), build_loss("l1"), stream, steps=2, evaluations=1, stop=lambda: False).curve) == 1
+    assert len(fit(Line(), build_loss("l1"), stream, steps=1, stop=lambda: True).curve) == 1
+    with pytest.raises(StoppedError, match="step 1 of 2"):
+        fit(Line(), build_loss("l1"), stream, steps=2, stop=lambda: True)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
     fit(D3Net("tiny", seed=0), build_loss("l1"), stream, steps=1, checkpoint=path, identity="a")
@@ -195,6 +277,18 @@ def test_what_the_depth_network_pays_reaches_it_and_not_the_discriminator():
     opponent.penalty(pred, batch).backward()
     assert pred.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in opponent.net.parameters())
+
+
+@pytest.mark.parametrize(("variant", "factor"), [("paper", 0.5), ("released", 1.0)])
+def test_what_is_paid_is_the_variants_least_squares_of_depth_scaled_to_the_networks_range(variant, factor):
+    batch = scene_batch()
+    opponent = Adversary(PatchDiscriminator(ndf=8, seed=0), variant, 4.0, {"lr": 1e-3})
+    pred = torch.full_like(batch["depth"], 3.0, requires_grad=True)
+    seen = torch.cat([pred / 2 - 1, 2 * batch["rgb"] - 1], 1) * batch["valid"]
+    expected = factor * ((opponent.net(seen) - 1) ** 2).mean()
+    assert opponent.penalty(pred, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    opponent.learn(pred, batch, contextlib.nullcontext, torch.amp.GradScaler("cpu", enabled=False))
+    assert pred.grad is None  # D learns, and leaves the depth network alone
 
 
 def test_precision_auto_is_float32_on_a_cpu_and_fp16_is_refused_there():
