@@ -70,11 +70,11 @@ def test_a_real_frame_is_filled_as_by_the_official_toolbox(test_data):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.integers(0, 2**32 - 1), st.integers(1, 18), st.integers(1, 18), st.sampled_from([0.0, 0.1, 0.4, 0.9]),
+    st.integers(0, 2**32 - 1), st.integers(2, 18), st.integers(2, 18), st.sampled_from([0.0, 0.1, 0.4, 0.9]),
     st.booleans(), st.sampled_from([1.0, 0.3, 2.0, 50.0]),
 )  # fmt: skip
 def test_any_frame_solves_the_equation(seed, height, width, holes, flat, alpha):
-    rgb, depth = frame(seed, height, max(width, 3 - height), holes, flat)
+    rgb, depth = frame(seed, height, width, holes, flat)
     assert np.abs(fill_depth(rgb, depth, alpha) - exact(rgb, depth, alpha)).max() <= 1e-4
 
 
@@ -112,20 +112,45 @@ def test_a_fully_valid_frame_is_smoothed_as_the_equation_says():
 
 
 def test_a_known_pixel_moves_to_the_mean_of_its_measurement_and_its_neighbours():
-    # One colour: all weights are equal. Two pixels see each other alone: 2 x = y + 2, 2 y = x + 5.
-    filled = fill_depth(np.zeros((3, 1, 2), np.uint8), np.array([[2.0, 5.0]]))
-    np.testing.assert_allclose(filled, [[3.0, 4.0]], atol=1e-4)
-    held = fill_depth(np.zeros((3, 1, 2), np.uint8), np.array([[2.0, 5.0]]), alpha=1e6)
-    np.testing.assert_allclose(held, [[2.0, 5.0]], atol=1e-4)
+    # One colour: all weights are equal. Each column is one number: 2 x = (x + 2 y) / 3 + 2, 2 y = (y + 2 x) / 3 + 5.
+    black = np.zeros((3, 2, 2), np.uint8)
+    filled = fill_depth(black, np.array([[2.0, 5.0]] * 2))
+    np.testing.assert_allclose(filled, [[20 / 7, 29 / 7]] * 2, atol=1e-4)
+    held = fill_depth(black, np.array([[2.0, 5.0]] * 2), alpha=1e6)
+    np.testing.assert_allclose(held, [[2.0, 5.0]] * 2, atol=1e-4)
 
 
 def test_ten_metres_is_missing_and_values_beyond_are_known():
-    # A hole takes what its only known neighbour has: 2 x = y + d, y = x give d.
+    # A hole takes what its only known neighbours have: 2 x = (x + 2 y) / 3 + d, y = (y + 2 x) / 3 give d.
+    black = np.zeros((3, 2, 2), np.uint8)
     for marked in (0.0, 10.0):
-        filled = fill_depth(np.zeros((3, 1, 2), np.uint8), np.array([[4.0, marked]]))
-        np.testing.assert_allclose(filled, [[4.0, 4.0]], atol=1e-4)
-    filled = fill_depth(np.zeros((3, 1, 2), np.uint8), np.array([[4.0, 10.3]]))
-    np.testing.assert_allclose(filled, [[4 + 6.3 / 3, 10.3 - 6.3 / 3]], atol=1e-4)
+        filled = fill_depth(black, np.array([[4.0, marked]] * 2))
+        np.testing.assert_allclose(filled, [[4.0, 4.0]] * 2, atol=1e-4)
+    filled = fill_depth(black, np.array([[4.0, 10.3]] * 2))
+    np.testing.assert_allclose(filled, [[4 + 6.3 * 2 / 7, 10.3 - 6.3 * 2 / 7]] * 2, atol=1e-4)
+
+
+def step_by_step(last: int) -> tuple[np.ndarray, np.ndarray]:
+    """Greys whose steps shrink by a tenth, up and down: every pixel hardly looks back to the only known one."""
+    greys, step = [255.0], 255.0
+    while step > last:
+        greys.append(greys[-1] - step if len(greys) % 2 else greys[-1] + step)
+        step *= 0.9
+    rgb = np.broadcast_to(np.round(greys).astype(np.uint8), (3, 2, len(greys)))
+    depth = np.zeros(rgb.shape[1:])
+    depth[:, 0] = 4.0
+    return rgb, depth
+
+
+@pytest.mark.parametrize("last", [140, 90, 80])  # condition 1e7, 1e10 and 2e11; single precision ends between them
+def test_a_hole_that_is_nearly_cut_off_is_filled_from_what_it_sees(last):
+    np.testing.assert_allclose(fill_depth(*step_by_step(last)), 4.0, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("last", [60, 20])
+def test_a_hole_cut_off_beyond_double_precision_is_refused_and_not_filled_wrongly(last):
+    with pytest.raises(UserError, match="double precision does not suffice"):
+        fill_depth(*step_by_step(last))
 
 
 def test_the_edges_of_a_fill_follow_the_edges_of_the_picture():
@@ -138,8 +163,8 @@ def test_the_edges_of_a_fill_follow_the_edges_of_the_picture():
     assert np.abs(filled - np.where(slant, 4.0, 2.0)).max() < 0.05
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 2), (2, 1), (1, 40), (40, 1), (2, 2), (3, 3), (2, 30)])
-def test_pictures_one_pixel_wide_and_their_borders_solve_the_equation(height, width):
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (3, 3), (2, 3), (3, 2), (2, 40), (40, 2)])
+def test_pictures_two_pixels_wide_and_their_borders_solve_the_equation(height, width):
     rgb, depth = frame(11, height, width, 0.3)
     assert np.abs(fill_depth(rgb, depth) - exact(rgb, depth)).max() <= 1e-4
 
@@ -207,6 +232,7 @@ GOOD = np.zeros((3, 4, 5), np.uint8), np.full((4, 5), 2.0)
         (GOOD[0].transpose(1, 2, 0), GOOD[1], 1.0, r"\(3, H, W\)"),
         (GOOD[0] / 255, GOOD[1], 1.0, "uint8"),
         (np.zeros((3, 1, 1), np.uint8), np.full((1, 1), 2.0), 1.0, "2 pixels"),
+        (np.zeros((3, 1, 7), np.uint8), np.full((1, 7), 2.0), 1.0, "2 pixels"),
         (np.zeros((3, 0, 5), np.uint8), np.zeros((0, 5)), 1.0, "2 pixels"),
         (*GOOD, 0.0, "alpha"),
         (*GOOD, -1.0, "alpha"),

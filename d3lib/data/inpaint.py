@@ -36,7 +36,7 @@ def fill_depth(rgb: np.ndarray, depth: np.ndarray, alpha: float = 1.0) -> np.nda
     """Solve the module's equation: fill what is missing, and smooth what is known.
 
     Args:
-        rgb: uint8 (3, H, W), H W >= 2.
+        rgb: uint8 (3, H, W), H and W >= 2: along a line, a hole can be cut off but for less than a double's digits.
         depth: float (H, W), metres, >= 0; exactly 0 or exactly 10 is missing.
         alpha: > 0, how strongly known pixels hold to their measurement (the toolbox and the labelled set: 1).
 
@@ -50,14 +50,14 @@ def fill_depth(rgb: np.ndarray, depth: np.ndarray, alpha: float = 1.0) -> np.nda
 
     Raises:
         UserError: for another shape or type, NaN, infinite or negative depth, no valid depth, an alpha that is not
-            positive, or where numba or scipy is missing.
+            positive, holes too nearly cut off for double precision, or where numba or scipy is missing.
     """
     rgb, depth = np.asarray(rgb), np.asarray(depth)
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or len(rgb) != 3:
         raise UserError(f"fill_depth: rgb must be uint8 (3, H, W), not {rgb.dtype} {rgb.shape}")
-    if depth.dtype.kind != "f" or depth.shape != rgb.shape[1:] or depth.size < 2:
+    if depth.dtype.kind != "f" or depth.shape != rgb.shape[1:] or min(depth.shape) < 2:
         raise UserError(
-            f"fill_depth: depth must be floats {rgb.shape[1:]}, as rgb, and 2 pixels or more, "
+            f"fill_depth: depth must be floats {rgb.shape[1:]}, as rgb, with sides of 2 pixels or more, "
             f"not {depth.dtype} {depth.shape}"
         )
     if not (math.isfinite(alpha) and alpha > 0):
@@ -111,28 +111,49 @@ def _alternate(kernels: _Kernels, system: _System, start: Array) -> Array | None
 def _direct(kernels: _Kernels, system: _System, inside: NDArray[np.bool_]) -> Callable[[Array], None]:
     """Factorise the rows of the pixels `inside`; the result solves for them in place, given the pixels around."""
     from scipy.sparse import csc_array
-    from scipy.sparse.linalg import splu
+    from scipy.sparse.linalg import SuperLU, splu
 
     if not inside.any():
         return lambda x: None
     rows = kernels.block(system.weights, system.pull, inside)
     # Rows dominate, so no pivoting is needed; handed over as columns they are the transpose. The usual panels are
     # made for denser matrices: without them the factorisation takes two thirds of the time. In single precision it
-    # takes two thirds of the memory; corrections in double precision make up for the digits.
+    # takes two thirds of the memory; corrections in double precision make up for the digits, except where the rows
+    # are all but singular (a hole whose pixels hardly look at what is known).
     values, *places = rows
-    columns, single = (csc_array((v, *places), shape=(len(places[1]) - 1,) * 2) for v in (values, np.float32(values)))
+    columns = csc_array((values, *places), shape=(len(places[1]) - 1,) * 2)
     sparse = {"diag_pivot_thresh": 0.0, "relax": 1, "panel_size": 1, "options": {"SymmetricMode": True}}
-    lu = splu(single, permc_spec="MMD_AT_PLUS_A", **sparse)
+
+    @functools.cache
+    def factorise(precision: type) -> SuperLU | None:
+        try:
+            return splu(columns.astype(precision), permc_spec="MMD_AT_PLUS_A", **sparse)
+        except RuntimeError:  # exactly singular in this precision
+            return None
+
+    known = system.pull > 0
+    measured = system.target[known] / system.pull[known]
+    low, high = measured.min() - ACCURACY, measured.max() + ACCURACY  # a weighted mean of these is every solution
+
+    def corrected(wanted: Array, precision: type) -> Array | None:
+        """The solution, or None where the corrections do not settle, or not on weighted means."""
+        if (lu := factorise(precision)) is None:
+            return None
+        found = np.zeros_like(wanted)
+        for _ in range(CORRECTIONS):
+            step = lu.solve((wanted - found @ columns).astype(precision), "T")
+            found += step
+            if np.abs(step).max() <= ACCURACY / 100:
+                return found if low <= found.min() and found.max() <= high else None
+        return None
 
     def solve(x: Array) -> None:
         wanted = kernels.around(x, *system, inside)
-        found = np.zeros_like(wanted)
-        for _ in range(CORRECTIONS):
-            step = lu.solve((wanted - found @ columns).astype(np.float32), "T")
-            found += step
-            if np.abs(step).max() <= ACCURACY / 100:
-                break
-        x[inside] = found
+        for precision in (np.float32, np.float64):
+            if (found := corrected(wanted, precision)) is not None:
+                x[inside] = found
+                return
+        raise UserError("fill_depth: double precision does not suffice for this frame's holes; leave this frame out")
 
     return solve
 
