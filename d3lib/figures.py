@@ -231,7 +231,7 @@ def figure5(records: Iterable[Mapping[str, Any]], paper: Iterable[PaperNumber]) 
             axes[1, column].plot([x for x, _ in points], [v for _, v in points], marker, color=colour, label=label)
         for ax, where in zip(axes[:, column], ("paper (NYU Depth V2)", _ours(records)), strict=True):
             ax.set_xticks(range(len(LOSSES)), [LABELS[loss] for loss in LOSSES], rotation=60)
-            ax.set(ylabel=METRICS[metric], title=where)
+            ax.set(ylabel=METRICS[metric], title=where, xlim=(-0.5, len(LOSSES) - 0.5))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
