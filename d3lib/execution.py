@@ -102,7 +102,8 @@ class ExactTarget(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The samples at `indices` as one batch."""
         batch = self.store.__getitems__(indices)
-        return batch | {"depth": batch["exact"], "valid": torch.ones_like(batch["valid"])}
+        # memory of its own: batches are mirrored in place, and what is shared would be mirrored twice
+        return batch | {"depth": batch["exact"].clone(), "valid": torch.ones_like(batch["valid"])}
 
 
 def stores_of(run: Run, data_root: Path) -> dict[str, RoomsStore | FilledRooms]:

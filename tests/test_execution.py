@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from d3lib import execution
 from d3lib.artefacts import digest_tensors, load_weights, save_weights
+from d3lib.data.loader import train_batches
 from d3lib.errors import StoppedError, UserError
 from d3lib.evaluation import load_network
 from d3lib.execution import execute, open_sources
@@ -138,6 +140,14 @@ def test_a_training_target_may_be_the_sensor_s_view_filled_or_exact(place):
         assert full["depth"].min() >= sensor["depth"][mask].min() - 1e-3  # the filling makes no new extremes
         assert full["depth"].max() <= sensor["depth"][mask].max() + 1e-3
         assert (full["depth"] - sensor["depth"])[mask].abs().median() < 0.05
+    streams = [
+        train_batches(data, frames=None, batch_size=8, seed=4, workers=workers)
+        for data, workers in ((plain, 0), (exact, 0), (exact, 1))
+    ]
+    for sensor, *trues in itertools.islice(zip(*streams, strict=True), 3):
+        for true in trues:  # mirrored with its picture, and once
+            assert torch.equal(true["rgb"], sensor["rgb"]) and torch.equal(true["exact"], sensor["exact"])
+            assert torch.equal(true["depth"], sensor["exact"]) and true["valid"].all()
     assert holes > 0
 
 

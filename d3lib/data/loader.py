@@ -39,6 +39,7 @@ def train_batches(
     """Endless shuffled batches on `device`: rgb float32 (B, 3, H, W) in [0, 1]; depth, valid and maybe exact
     (B, 1, H, W).
 
+    `dataset`: samples, or batches by `__getitems__`, whose tensors share no memory (they are mirrored in place).
     `frames`: which frames of `dataset`: the first n, these, or all (None). `size` (H, W): see
     `resize_sample`. `flip`: mirror each sample left-right with probability 1/2, the only augmentation in the
     authors' code. `start_step`: the step to resume at. `workers`: processes that read ahead. `rank`, `world`: of the
