@@ -97,6 +97,10 @@ LOOK = """() => {
 
 
 WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]  # levels A and AA
+# A third of a second after the page is resized, the theme makes boxes that scroll at the new width focusable.
+TAB_STOPS = (
+    """() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 400))))"""
+)
 # One coloured piece of each kind, in each kind of box, stands for the thousands that a page's code has.
 FEWER = """() => {
   const seen = new Set();
@@ -130,6 +134,8 @@ def test_a_page_shows_whole_at_every_width_and_in_both_themes_and_asks_nothing_o
         assert not look["broken"] and not look["mute"], (view, look["broken"], look["mute"])
         assert not look["raw"], (view, look["raw"])
         assert not faults, (view, faults)
+    show(opened, 1400, "light")
+    opened.evaluate(TAB_STOPS)
     opened.evaluate(FEWER)
     opened.evaluate(axe_core())
     for theme in ("light", "dark"):  # they differ in colours alone, and the widths in nothing that axe looks at

@@ -36,7 +36,7 @@ def fill_depth(rgb: np.ndarray, depth: np.ndarray, alpha: float = 1.0) -> np.nda
     """Solve the module's equation: fill what is missing, and smooth what is known.
 
     Args:
-        rgb: uint8 (3, H, W), H and W >= 2: along a line, a hole can be cut off but for less than a double's digits.
+        rgb: uint8 (3, H, W), H and W >= 2 (along a line, double precision often cannot tell what a hole sees).
         depth: float (H, W), metres, >= 0; exactly 0 or exactly 10 is missing.
         alpha: > 0, how strongly known pixels hold to their measurement (the toolbox and the labelled set: 1).
 
