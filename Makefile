@@ -7,7 +7,7 @@ STAMP := $(VENV)/.d3-installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup reproduce test drill batch book colab rerun notebooks links audit lint clean distclean
+.PHONY: help setup reproduce test drill batch book colab rerun vouch notebooks links audit lint clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
@@ -45,8 +45,11 @@ test: setup lint ## check style and run every test (about as many at once as the
 drill: setup ## kill, fill, flip and forge: what a run survives, as a table (LONG=1: thousands of trials, some minutes; RECORD=file.json)
 	OMP_NUM_THREADS=1 D3LIB_LONG="$(LONG)" D3LIB_DRILLS="$(RECORD)" $(BIN)/python -m pytest -n $(JOBS) -m "drill or not drill" tests/drills
 
-rerun: setup ## train ten of the records of each version of the code again, drawn at random, and compare (half an hour for ten; RECORD=file.json)
-	OMP_NUM_THREADS=1 D3LIB_RERUN_RECORD="$(RECORD)" $(BIN)/python -m pytest -s -m study tests/drills/test_study.py
+rerun: setup ## train ten of the book's records again, drawn at random, and compare (half an hour or more; RECORD=file.json)
+	OMP_NUM_THREADS=1 D3LIB_RERUN_RECORD="$(RECORD)" $(BIN)/python -m pytest -s -m study tests/drills/test_study.py -k again
+
+vouch: setup ## begin records of older code again by that code and by today's, bit for bit the same? (half an hour; RECORD=file.json)
+	OMP_NUM_THREADS=1 D3LIB_RERUN_RECORD="$(RECORD)" $(BIN)/python -m pytest -s -m study tests/drills/test_study.py -k older
 
 notebooks: setup ## run every Colab notebook in an environment like Colab's, which it builds (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m colab tests/test_colab.py

@@ -155,6 +155,7 @@ def collect(*modules: str, device: str = "cpu") -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device_name(device),
         "device_kind": device.split(":")[0],
+        "vectors": torch.backends.cpu.get_cpu_capability(),  # a sum's rounding depends on how many it takes at once
         "threads": torch.get_num_threads(),
     }
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import os
 import platform
 import random
@@ -121,16 +120,16 @@ def same_code(record: Mapping[str, Any]) -> bool:
 
 
 def is_current(record: Mapping[str, Any]) -> bool:
-    """Whether a record is what today's training code would make: of the same code, or vouched for by a re-run.
+    """Whether a record is what today's training code would make: of the same code, or of older code that does the same.
 
-    For that, today's code must have made the same of at least RERUN_ENOUGH records, drawn at random, of the same
-    population: older code, budget, encoder, data and device.
+    That is shown by `make vouch`: both must have ended in the same bits on one machine, in the first steps of at least
+    RERUN_ENOUGH records drawn at random of the same population (older code, budget, encoder, kind of data, device).
     """
     return same_code(record) or _population(record) in _vouched(BOOK, code_digest(*TRAINING_CODE))
 
 
 def draw_records(records: Sequence[Mapping[str, Any]], count: int = RERUN_ENOUGH) -> list[Mapping[str, Any]]:
-    """Records to run again: `count` (or all) of each version of the code, budget, encoder, data and device.
+    """Records to run again: `count` (or all) of each version of the code, budget, encoder, kind of data and device.
 
     Drawn at random, but no loss twice before every loss once.
     """
@@ -146,28 +145,28 @@ def draw_records(records: Sequence[Mapping[str, Any]], count: int = RERUN_ENOUGH
 
 def _population(record: Mapping[str, Any]) -> tuple[str, ...]:
     run, made = record["run"], record["provenance"]
-    return (made["code_digest"], *(str(run.get(n)) for n in ("budget", "encoder", "data")), str(made.get("device")))
+    kind = str(run.get("data")).partition(":")[0]  # of all folders of pictures one
+    return (made["code_digest"], str(run.get("budget")), str(run.get("encoder")), kind, str(made.get("device")))
 
 
 @functools.cache
 def _vouched(folder: Path, now: str) -> frozenset[tuple[str, ...]]:
-    """The populations of which enough of the book's records were run again by code `now`, to the same end."""
-    kept = read_rerun(folder / "rerun.json")
+    """The populations of which enough of the book's records were begun again by their own code and by `now` alike."""
+    kept = read_rerun(folder / "vouched.json")
     if kept is None or kept["provenance"]["code_digest"] != now:
         return frozenset()
     book = {record["key"]: record for record in committed_records(folder)}
     found: dict[tuple[str, ...], dict[str, bool]] = {}
     for outcome in kept["outcomes"]:
         if outcome["key"] in book:
-            same = math.isclose(outcome["rms_then"], outcome["rms_now"], rel_tol=1e-5)  # the book keeps six digits
-            same = same and outcome["same_weights"] and outcome["same_data"]
+            same = outcome["rms_then"] == outcome["rms_now"] and outcome["same_weights"] and outcome["same_data"]
             found.setdefault(_population(book[outcome["key"]]), {})[outcome["key"]] = same
     size = Counter(map(_population, book.values()))
     return frozenset(p for p, same in found.items() if len(same) >= min(RERUN_ENOUGH, size[p]) and all(same.values()))
 
 
 def rerun_outcome(record: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record's run gave when it was done again: test RMSE in metres, weights and data compared by digest."""
+    """What a run gave then and now: test RMSE in metres, weights and data compared by digest."""
     then_rms, now_rms = (r["metrics"]["chosen"]["test"][r["data"]["target"]]["pooled"]["rms"] for r in (record, now))
     return {
         "key": record["key"],
@@ -184,7 +183,7 @@ def write_rerun(path: Path, outcomes: Sequence[Mapping[str, Any]], provenance: M
 
 
 def read_rerun(path: Path = BOOK / "rerun.json") -> dict[str, Any] | None:
-    """The last re-run that came with the book, `None` if there is none. Raises `UserError` if it is damaged or odd."""
+    """A re-run that came with the book, `None` if there is none. Raises `UserError` if it is damaged or odd."""
     if not path.is_file():
         return None
     kept = read_json(path, format=RERUN)
@@ -193,7 +192,7 @@ def read_rerun(path: Path = BOOK / "rerun.json") -> dict[str, Any] | None:
         found = [(kept["provenance"]["code_digest"], str)]
         found += [(outcome[name], kind) for outcome in kept["outcomes"] for name, kind in kinds.items()]
     except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path}: lacks {error}; delete it, or make it again by `make rerun RECORD={path}`") from error
+        raise UserError(f"{path}: lacks {error}; delete it, or make it again (see `make help`)") from error
     for value, kind in found:
         if type(value) is not kind:
             raise UserError(f"{path}: {value!r} should be a {kind.__name__}; delete it, or make it again")

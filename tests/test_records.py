@@ -87,11 +87,11 @@ def trained(key, code, weights="w", rms=1.0, **run):
 
 
 def rerun(folder, records_then, kept=None, **now):
-    """The records, kept in a book with others of their kind, and the outcome of running them again."""
+    """The records, kept in a book with others of their kind, and the outcome of beginning them again by two codes."""
     keep_records(TEN if kept is None else kept, folder / "laptop.jsonl")
     today = code_digest(*TRAINING_CODE)
     outcomes = [rerun_outcome(then, trained(then["key"], today) | now.get(then["key"], {})) for then in records_then]
-    write_rerun(folder / "rerun.json", outcomes, {"code_digest": now.get("code", today)})
+    write_rerun(folder / "vouched.json", outcomes, {"code_digest": now.get("code", today)})
     records._vouched.cache_clear()
 
 
@@ -114,7 +114,7 @@ TEN = [trained(str(i), "old") for i in range(10)]
         (TEN[:9] + TEN[:1], {}, False),  # one of them twice
         (TEN, {"3": {"weights_digest": "v"}}, False),
         (TEN, {"3": {"data": {"target": "exact", "digest": "e"}}}, False),
-        (TEN, {"3": trained("3", "x", rms=1.0001)}, False),
+        (TEN, {"3": trained("3", "x", rms=1.0000001)}, False),
         (TEN, {"code": "yet another"}, False),
     ],
 )
@@ -152,6 +152,14 @@ def test_records_are_drawn_of_every_version_of_the_code_and_of_every_loss_in_tur
 def test_a_rerun_vouches_for_no_other_budget_encoder_data_or_code(book, other):
     rerun(book, TEN)
     assert not is_current(trained("a", "old", **other)) and not is_current(trained("a", "a third"))
+
+
+def test_of_folders_of_pictures_one_stands_for_all(book):
+    folds = [trained(str(i), "old", data=f"folder:pictures/fold-{i % 5}", seed=i) for i in range(10)]
+    keep_records(folds, book / "laptop.jsonl")
+    folds = committed_records(book)  # by other keys: of the folder only the name is kept
+    rerun(book, folds, kept=folds)
+    assert is_current(trained("a", "old", data="folder:pictures/fold-6")) and not is_current(trained("a", "old"))
 
 
 def test_a_rerun_vouches_for_no_other_device(book):

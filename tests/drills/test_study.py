@@ -1,22 +1,66 @@
-"""The book's records, run again: `make rerun`. Ten take half an hour on two cores, `D3LIB_RERUN=2` runs two.
-
-So many are drawn of each version of the training code that made records.
-"""
+"""The book's records: run again (`make rerun`), or begun again by older and today's training code (`make vouch`)."""
 
 import concurrent.futures
 import functools
+import io
+import json
 import os
+import random
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 from test_kill import CONTEXT
 
-from d3lib.artefacts import data_folder
+from d3lib.artefacts import PROJECT, data_folder
 from d3lib.experiments import make_run
 from d3lib.provenance import TRAINING_CODE, collect
-from d3lib.records import RERUN_ENOUGH, committed_records, draw_records, rerun_outcome, write_rerun
+from d3lib.records import RERUN_ENOUGH, committed_records, draw_records, rerun_outcome, same_code, write_rerun
 
+COUNT = int(os.environ.get("D3LIB_RERUN", RERUN_ENOUGH))
+RECORD = os.environ.get("D3LIB_RERUN_RECORD")
 ELSEWHERE = 0.10  # on another kind of machine a run's rounding differs, and so does its course: as another seed's would
+LONGEST = 30 * 60  # seconds of a run that is done again
+FIRST_STEPS = 30  # of a run that is begun again: where two codes differ in one bit, so do all weights soon after
+PICTURES = os.environ.get("D3LIB_PICTURES")  # the folder of folds that some records were trained on, who has it
+BEGIN = """
+import json, sys
+from pathlib import Path
+import torch
+from d3lib.execution import execute
+from d3lib.experiments import make_run
+from d3lib.provenance import TRAINING_CODE, code_digest
+run, threads, out, data, result = json.loads(sys.argv[1])
+torch.set_num_threads(threads)
+record = execute(make_run(**run), Path(out), Path(data), device="cpu")
+record["provenance"]["code_digest"] = code_digest(*TRAINING_CODE)
+Path(result).write_text(json.dumps(record))
+"""
+
+
+def candidates(records):
+    """Those that can be trained here: on data that anyone can make (or who has the pictures), from random weights."""
+    return [
+        record
+        for record in records
+        if record["provenance"]["device_kind"] == "cpu"
+        and (record["run"]["data"] == "rooms" or (PICTURES and record["run"]["data"].startswith("folder:")))
+        and not record["run"]["init"]
+    ]
+
+
+@pytest.fixture(autouse=True)
+def writable():
+    """Asked before half an hour of work."""
+    if RECORD:
+        assert COUNT >= RERUN_ENOUGH, f"{RECORD}: a record of a re-run needs {RERUN_ENOUGH} runs"
+        assert os.access(Path(RECORD).parent, os.W_OK), f"{RECORD}: cannot be written"
+
+
+def at_once(records):
+    return max(1, os.cpu_count() // max(record["provenance"]["threads"] for record in records))
 
 
 def again(record, out):
@@ -30,30 +74,81 @@ def again(record, out):
     return execute(make_run(**record["run"]), out, data_folder())
 
 
+def kind(provenance):
+    """What decides a rounding: who lacks one of them is of a kind of its own."""
+    return [provenance.get("device"), provenance.get("vectors"), provenance["versions"].get("torch")]
+
+
 @pytest.mark.study
 def test_records_of_the_book_drawn_at_random_run_again_to_the_same_numbers(tmp_path):
-    made = [record for record in committed_records() if record["run"]["data"] == "rooms"]  # data that anyone can make
-    records = [record for record in made if not record["run"]["init"]]
-    count, kept = int(os.environ.get("D3LIB_RERUN", RERUN_ENOUGH)), os.environ.get("D3LIB_RERUN_RECORD")
+    records = [r for r in candidates(committed_records()) if r["run"]["data"] == "rooms"]
+    records = [r for r in records if r["provenance"]["total_seconds"] < LONGEST]
     assert records, "the book has no records"
-    if kept:  # before half an hour of work
-        assert count >= RERUN_ENOUGH, f"{kept}: a record of a re-run needs {RERUN_ENOUGH} runs"
-        assert os.access(Path(kept).parent, os.W_OK), f"{kept}: cannot be written"
-    drawn = draw_records(records, count)
-    at_once = os.cpu_count() // max(record["provenance"]["threads"] for record in drawn)
-    with concurrent.futures.ProcessPoolExecutor(max(1, at_once), CONTEXT) as pool:
+    drawn = random.sample(records, min(COUNT, len(records)))
+    with concurrent.futures.ProcessPoolExecutor(at_once(drawn), CONTEXT) as pool:
         outcomes = []
         for record, now in zip(drawn, pool.map(functools.partial(again, out=tmp_path), drawn), strict=True):
             outcomes.append(rerun_outcome(record, now))
             print(outcomes[-1], flush=True)
     here = collect(*TRAINING_CODE)
-    if kept:
-        write_rerun(Path(kept), outcomes, here)
+    if RECORD:
+        write_rerun(Path(RECORD), outcomes, here)
     for record, outcome in zip(drawn, outcomes, strict=True):
-        made = record["provenance"]
         assert outcome["same_data"], outcome
-        if made["device"] == here["device"] and made["versions"]["torch"] == here["versions"]["torch"]:
+        if kind(record["provenance"]) == kind(here):
             assert outcome["same_weights"], outcome
             assert outcome["rms_now"] == pytest.approx(outcome["rms_then"], rel=1e-5)  # the book keeps six digits
         else:
             assert outcome["rms_now"] == pytest.approx(outcome["rms_then"], rel=ELSEWHERE)
+
+
+def library_of(commit, folder):
+    """The library as it was at a commit."""
+    packed = subprocess.run(["git", "archive", commit, "d3lib"], cwd=PROJECT, capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def begun(record, library, out):
+    """The first steps of a record's run by the code in `library`."""
+    out.mkdir(parents=True)
+    run = record["run"] | {"steps": min(record["run"]["steps"], FIRST_STEPS), "evaluations": 1}
+    if run["data"] != "rooms":
+        run["data"] = f"folder:{Path(PICTURES).resolve() / Path(run['data']).name}"
+    made = record["provenance"]
+    arguments = [run, made["threads"], str(out), str(data_folder().resolve()), str(out / "result.json")]
+    environment = os.environ | {"PYTHONPATH": str(library), "D3LIB_COMPILE": made.get("compiler") or "none"}
+    command = [sys.executable, "-c", BEGIN, json.dumps(arguments)]
+    done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((out / "result.json").read_text())
+
+
+@pytest.mark.study
+def test_older_code_that_made_records_and_todays_begin_their_runs_alike_to_the_last_bit(tmp_path):
+    records = [r for r in candidates(committed_records()) if not same_code(r)]
+    if not records:
+        pytest.skip("all records are of today's training code")
+    versions = {
+        r["provenance"]["code_digest"]: r["provenance"]["commit"] for r in records if not r["provenance"]["dirty"]
+    }
+    old = {code: library_of(commit, tmp_path / code) for code, commit in versions.items()}
+    drawn = [record for record in draw_records(records, COUNT) if record["provenance"]["code_digest"] in old]
+
+    def both(record):
+        code = record["provenance"]["code_digest"]
+        then = begun(record, old[code], tmp_path / "runs" / record["key"] / "then")
+        now = begun(record, PROJECT, tmp_path / "runs" / record["key"] / "now")
+        assert then["provenance"]["code_digest"] == code
+        outcome = rerun_outcome(then | {"key": record["key"]}, now)
+        print(outcome, flush=True)
+        return outcome
+
+    with concurrent.futures.ThreadPoolExecutor(at_once(drawn)) as pool:
+        outcomes = list(pool.map(both, drawn))
+    if RECORD:
+        write_rerun(Path(RECORD), outcomes, collect(*TRAINING_CODE) | {"steps": FIRST_STEPS})
+    for outcome in outcomes:
+        assert outcome["same_data"] and outcome["same_weights"], outcome
+        assert outcome["rms_now"] == outcome["rms_then"], outcome
