@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import json
 import math
@@ -18,6 +19,7 @@ from typing import Any
 from d3lib.artefacts import PROJECT, atomic_path, atomic_write, locked
 from d3lib.costs import plan_text
 from d3lib.errors import UserError
+from d3lib.execution import stores_of
 from d3lib.experiments import FOLDS, Run, runs_to_do
 from d3lib.records import State, committed_records, is_current
 from d3lib.results import read_plan, source_of
@@ -187,8 +189,8 @@ def work_through(
 ) -> int:
     """Do a budget's runs without the engine, in the manifest's order, `jobs` at a time, and stop in time.
 
-    For a bare machine: it needs what `d3lib train` needs. Runs that are done are left alone; one that is cut off by
-    the clock goes on from its checkpoint when this is called again.
+    For a bare machine: it needs what `d3lib train` needs. Rooms are rendered first, by all cores. Runs that are done
+    are left alone; one that is cut off by the clock goes on from its checkpoint when this is called again.
 
     Args:
         go_on: leave out runs whose records came with the book, made by today's training code: to add to a study.
@@ -212,6 +214,11 @@ def work_through(
         working: dict[str, subprocess.Popen[bytes]] = {}
         failed = 0
         print(f"{len(waiting)} runs to do at budget {budget} on {plan['data']}, {count} at a time", flush=True)
+        stores = [stores_of(runs[key], Path(plan["data_root"])) for key in waiting]
+        for store in {store.folder: store for each in stores for store in each.values()}.values():
+            if time.monotonic() < deadline:
+                with contextlib.suppress(UserError):  # the runs that need it say so
+                    store.open(progress=functools.partial(print, flush=True))
         try:
             while working or (waiting and time.monotonic() < deadline):
                 while len(working) < count and time.monotonic() < deadline:
