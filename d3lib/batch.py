@@ -189,8 +189,9 @@ def work_through(
 ) -> int:
     """Do a budget's runs without the engine, in the manifest's order, `jobs` at a time, and stop in time.
 
-    For a bare machine: it needs what `d3lib train` needs. Rooms are rendered first, by all cores. Runs that are done
-    are left alone; one that is cut off by the clock goes on from its checkpoint when this is called again.
+    For a bare machine: it needs what `d3lib train` needs. Rooms are rendered first, by a process for each thread that
+    torch takes. Runs that are done are left alone; one that is cut off by the clock goes on from its checkpoint when
+    this is called again.
 
     Args:
         go_on: leave out runs whose records came with the book, made by today's training code: to add to a study.
@@ -216,9 +217,9 @@ def work_through(
         print(f"{len(waiting)} runs to do at budget {budget} on {plan['data']}, {count} at a time", flush=True)
         stores = [stores_of(runs[key], Path(plan["data_root"])) for key in waiting]
         for store in {store.folder: store for each in stores for store in each.values()}.values():
-            if time.monotonic() < deadline:
-                with contextlib.suppress(UserError):  # the runs that need it say so
-                    store.open(progress=functools.partial(print, flush=True))
+            with contextlib.suppress(UserError, OSError):  # the runs that need it say so
+                _report(deadline, f"{store.folder.name}: ")
+                store.open(progress=functools.partial(_report, deadline))
         try:
             while working or (waiting and time.monotonic() < deadline):
                 while len(working) < count and time.monotonic() < deadline:
@@ -246,6 +247,13 @@ def work_through(
                 process.wait()
                 print(f"{State(place / key).read()[0]:<12} {key}", flush=True)
         return int(failed > 0)
+
+
+def _report(deadline: float, line: str) -> None:
+    """Print a line of progress; raise `UserError` when the time is up."""
+    if time.monotonic() > deadline:
+        raise UserError("the time is up")
+    print(line, flush=True)
 
 
 def make_plan(

@@ -23,7 +23,11 @@ from d3lib.provenance import TRAINING_CODE, code_digest
 
 RECORD, RECORD_VERSION = "d3lib-record", 1
 STATE = "d3lib-state"
-RERUN, RERUN_ENOUGH = "d3lib-rerun", 10
+RERUN, VOUCHED, RERUN_ENOUGH = "d3lib-rerun", "d3lib-vouched", 10
+OUTCOMES = {
+    RERUN: {"key": str, "rms_then": float, "rms_now": float, "same_weights": bool, "same_data": bool},
+    VOUCHED: {"key": str, "code": str, "data": str, "same": bool},
+}
 BOOK = PROJECT / "book" / "records"  # what comes with the book
 
 
@@ -122,20 +126,17 @@ def same_code(record: Mapping[str, Any]) -> bool:
 def is_current(record: Mapping[str, Any]) -> bool:
     """Whether a record is what today's training code would make: of the same code, or of older code that does the same.
 
-    That is shown by `make vouch`: both must have ended in the same bits on one machine, in the first steps of at least
-    RERUN_ENOUGH records drawn at random of the same population (older code, budget, encoder, kind of data, device).
+    That is taken from `make vouch`: it begins at least RERUN_ENOUGH records drawn at random of each `population` again,
+    by their own code and by today's, and all of them must have come to the same bits.
     """
-    return same_code(record) or _population(record) in _vouched(BOOK, code_digest(*TRAINING_CODE))
+    return same_code(record) or population(record) in _vouched(BOOK, code_digest(*TRAINING_CODE))
 
 
 def draw_records(records: Sequence[Mapping[str, Any]], count: int = RERUN_ENOUGH) -> list[Mapping[str, Any]]:
-    """Records to run again: `count` (or all) of each version of the code, budget, encoder, kind of data and device.
-
-    Drawn at random, but no loss twice before every loss once.
-    """
+    """`count` (or all) records of each `population`, drawn at random, but no loss twice before every loss once."""
     populations: dict[tuple[str, ...], dict[str, list[Mapping[str, Any]]]] = {}
     for record in random.sample(records, len(records)):
-        populations.setdefault(_population(record), {}).setdefault(record["run"]["loss"], []).append(record)
+        populations.setdefault(population(record), {}).setdefault(record["run"]["loss"], []).append(record)
     drawn = []
     for by_loss in populations.values():
         turns = itertools.chain.from_iterable(itertools.zip_longest(*by_loss.values()))
@@ -143,30 +144,43 @@ def draw_records(records: Sequence[Mapping[str, Any]], count: int = RERUN_ENOUGH
     return drawn
 
 
-def _population(record: Mapping[str, Any]) -> tuple[str, ...]:
+def population(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What records share that can stand for each other: code, budget, encoder, kind of data and start, device."""
     run, made = record["run"], record["provenance"]
     kind = str(run.get("data")).partition(":")[0]  # of all folders of pictures one
-    return (made["code_digest"], str(run.get("budget")), str(run.get("encoder")), kind, str(made.get("device")))
+    start = "weights" if run.get("init") else "random"
+    return (made["code_digest"], str(run.get("budget")), str(run.get("encoder")), kind, start, str(made.get("device")))
 
 
 @functools.cache
 def _vouched(folder: Path, now: str) -> frozenset[tuple[str, ...]]:
     """The populations of which enough of the book's records were begun again by their own code and by `now` alike."""
-    kept = read_rerun(folder / "vouched.json")
+    kept = read_rerun(folder / "vouched.json", VOUCHED)
     if kept is None or kept["provenance"]["code_digest"] != now:
         return frozenset()
     book = {record["key"]: record for record in committed_records(folder)}
     found: dict[tuple[str, ...], dict[str, bool]] = {}
     for outcome in kept["outcomes"]:
-        if outcome["key"] in book:
-            same = outcome["rms_then"] == outcome["rms_now"] and outcome["same_weights"] and outcome["same_data"]
-            found.setdefault(_population(book[outcome["key"]]), {})[outcome["key"]] = same
-    size = Counter(map(_population, book.values()))
+        if (record := book.get(outcome["key"])) is None:
+            continue
+        made = record["provenance"]
+        its_own = [made["code_digest"], record["data"]["digest"], made.get("device_kind")]
+        if its_own == [outcome["code"], outcome["data"], kept["provenance"].get("device_kind")]:
+            found.setdefault(population(record), {})[record["key"]] = outcome["same"]
+    size = Counter(map(population, book.values()))
     return frozenset(p for p, same in found.items() if len(same) >= min(RERUN_ENOUGH, size[p]) and all(same.values()))
 
 
+def vouch_outcome(key: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether two codes came to the same weights and scores, to the last bit; `then` is the one by the older code."""
+    parts = ("weights_digest", "data", "metrics", "details", "by_scene", "chosen_step")
+    same = all(then[part] == now[part] for part in parts if part in then)
+    code, data = then["provenance"]["code_digest"], then["data"]["digest"]
+    return {"key": key, "code": code, "data": data, "same": same}
+
+
 def rerun_outcome(record: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run gave then and now: test RMSE in metres, weights and data compared by digest."""
+    """What a record's run gave when it was done again: test RMSE in metres, weights and data compared by digest."""
     then_rms, now_rms = (r["metrics"]["chosen"]["test"][r["data"]["target"]]["pooled"]["rms"] for r in (record, now))
     return {
         "key": record["key"],
@@ -177,20 +191,21 @@ def rerun_outcome(record: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
     }
 
 
-def write_rerun(path: Path, outcomes: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> None:
-    """Keep the outcomes of a re-run beside the code and machine that it ran on."""
-    write_json(path, {"outcomes": list(outcomes), "provenance": provenance}, format=RERUN)
+def write_rerun(
+    path: Path, outcomes: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any], format: str = RERUN
+) -> None:
+    """Keep outcomes beside the code and machine that they come from; `format` is RERUN or VOUCHED."""
+    write_json(path, {"outcomes": list(outcomes), "provenance": provenance}, format=format)
 
 
-def read_rerun(path: Path = BOOK / "rerun.json") -> dict[str, Any] | None:
-    """A re-run that came with the book, `None` if there is none. Raises `UserError` if it is damaged or odd."""
+def read_rerun(path: Path, format: str = RERUN) -> dict[str, Any] | None:
+    """What `write_rerun` kept, `None` if nothing is there. Raises `UserError` if it is damaged or odd."""
     if not path.is_file():
         return None
-    kept = read_json(path, format=RERUN)
-    kinds = {"key": str, "rms_then": float, "rms_now": float, "same_weights": bool, "same_data": bool}
+    kept = read_json(path, format=format)
     try:
         found = [(kept["provenance"]["code_digest"], str)]
-        found += [(outcome[name], kind) for outcome in kept["outcomes"] for name, kind in kinds.items()]
+        found += [(outcome[name], kind) for outcome in kept["outcomes"] for name, kind in OUTCOMES[format].items()]
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path}: lacks {error}; delete it, or make it again (see `make help`)") from error
     for value, kind in found:

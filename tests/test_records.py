@@ -14,6 +14,7 @@ from d3lib.provenance import TRAINING_CODE, code_digest
 from d3lib.records import (
     RECORD,
     RECORD_VERSION,
+    VOUCHED,
     committed_records,
     draw_records,
     is_current,
@@ -21,6 +22,7 @@ from d3lib.records import (
     read_rerun,
     rerun_outcome,
     same_code,
+    vouch_outcome,
     write_rerun,
 )
 
@@ -82,16 +84,16 @@ def trained(key, code, weights="w", rms=1.0, **run):
     return {
         "key": key, "run": {"budget": "laptop", "encoder": "tiny", "data": "rooms"} | run, "metrics": scores,
         "data": {"target": "exact", "digest": "d"}, "weights_digest": weights,
-        "provenance": {"code_digest": code, "device": "some"},
+        "provenance": {"code_digest": code, "device": "some", "device_kind": "cpu"},
     }  # fmt: skip
 
 
-def rerun(folder, records_then, kept=None, **now):
+def vouch(folder, records_then, kept=None, code=None, kind="cpu", **now):
     """The records, kept in a book with others of their kind, and the outcome of beginning them again by two codes."""
     keep_records(TEN if kept is None else kept, folder / "laptop.jsonl")
-    today = code_digest(*TRAINING_CODE)
-    outcomes = [rerun_outcome(then, trained(then["key"], today) | now.get(then["key"], {})) for then in records_then]
-    write_rerun(folder / "vouched.json", outcomes, {"code_digest": now.get("code", today)})
+    today = code or code_digest(*TRAINING_CODE)
+    outcomes = [vouch_outcome(r["key"], r, trained(r["key"], today) | now.get(r["key"], {})) for r in records_then]
+    write_rerun(folder / "vouched.json", outcomes, {"code_digest": today, "device_kind": kind}, VOUCHED)
     records._vouched.cache_clear()
 
 
@@ -115,21 +117,24 @@ TEN = [trained(str(i), "old") for i in range(10)]
         (TEN, {"3": {"weights_digest": "v"}}, False),
         (TEN, {"3": {"data": {"target": "exact", "digest": "e"}}}, False),
         (TEN, {"3": trained("3", "x", rms=1.0000001)}, False),
+        ([*TEN[:9], trained("9", "old") | {"data": {"target": "exact", "digest": "other"}}], {}, False),
+        ([*TEN[:9], trained("9", "yet another")], {}, False),  # whose code is not the record's
         (TEN, {"code": "yet another"}, False),
+        (TEN, {"kind": "cuda"}, False),
     ],
 )
-def test_older_code_counts_as_todays_once_enough_of_its_runs_gave_the_same(book, then, now, expected):
+def test_older_code_counts_as_todays_once_enough_of_its_runs_began_alike(book, then, now, expected):
     assert is_current(trained("b", code_digest(*TRAINING_CODE))) and not is_current(trained("a", "old"))
-    rerun(book, then, **now)
+    vouch(book, then, **now)
     assert is_current(trained("a", "old")) is expected
     assert not same_code(trained("a", "old"))  # a run of one's own is done again all the same
 
 
-def test_of_a_kind_with_fewer_records_all_must_give_the_same(book):
+def test_of_a_kind_with_fewer_records_all_must_begin_alike(book):
     few = TEN[:4]
-    rerun(book, few[:3], kept=few)
+    vouch(book, few[:3], kept=few)
     assert not is_current(trained("a", "old"))
-    rerun(book, few, kept=few)
+    vouch(book, few, kept=few)
     assert is_current(trained("a", "old"))
 
 
@@ -148,9 +153,11 @@ def test_records_are_drawn_of_every_version_of_the_code_and_of_every_loss_in_tur
     assert [r["key"] for r in drawn] != [r["key"] for r in draw_records([*old, *new], 10)]  # at random
 
 
-@pytest.mark.parametrize("other", [{"budget": "study"}, {"encoder": "densenet121"}, {"data": "nyu"}])
-def test_a_rerun_vouches_for_no_other_budget_encoder_data_or_code(book, other):
-    rerun(book, TEN)
+@pytest.mark.parametrize(
+    "other", [{"budget": "study"}, {"encoder": "densenet121"}, {"data": "nyu"}, {"init": "run:another"}]
+)
+def test_nothing_vouches_for_another_budget_encoder_data_start_or_code(book, other):
+    vouch(book, TEN)
     assert not is_current(trained("a", "old", **other)) and not is_current(trained("a", "a third"))
 
 
@@ -158,15 +165,21 @@ def test_of_folders_of_pictures_one_stands_for_all(book):
     folds = [trained(str(i), "old", data=f"folder:pictures/fold-{i % 5}", seed=i) for i in range(10)]
     keep_records(folds, book / "laptop.jsonl")
     folds = committed_records(book)  # by other keys: of the folder only the name is kept
-    rerun(book, folds, kept=folds)
+    vouch(book, folds, kept=folds)
     assert is_current(trained("a", "old", data="folder:pictures/fold-6")) and not is_current(trained("a", "old"))
 
 
-def test_a_rerun_vouches_for_no_other_device(book):
-    rerun(book, TEN)
+def test_nothing_vouches_for_another_device(book):
+    vouch(book, TEN)
     elsewhere = trained("a", "old")
     elsewhere["provenance"]["device"] = "another"
     assert is_current(trained("a", "old")) and not is_current(elsewhere)
+
+
+def test_a_rerun_is_told_by_score_weights_and_data():
+    then, now = trained("a", "old", rms=1.0), trained("a", "new", weights="v", rms=1.5)
+    expected = {"key": "a", "rms_then": 1.0, "rms_now": 1.5, "same_weights": False, "same_data": True}
+    assert rerun_outcome(then, now) == expected
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,19 @@ from test_kill import CONTEXT
 
 from d3lib.artefacts import PROJECT, data_folder
 from d3lib.experiments import make_run
-from d3lib.provenance import TRAINING_CODE, collect
-from d3lib.records import RERUN_ENOUGH, committed_records, draw_records, rerun_outcome, same_code, write_rerun
+from d3lib.predict import DEMONSTRATION
+from d3lib.provenance import TRAINING_CODE, code_digest, collect
+from d3lib.records import (
+    RERUN_ENOUGH,
+    VOUCHED,
+    committed_records,
+    draw_records,
+    rerun_outcome,
+    same_code,
+    vouch_outcome,
+    write_rerun,
+)
+from d3lib.training import pick_device
 
 COUNT = int(os.environ.get("D3LIB_RERUN", RERUN_ENOUGH))
 RECORD = os.environ.get("D3LIB_RERUN_RECORD")
@@ -34,20 +45,20 @@ from d3lib.experiments import make_run
 from d3lib.provenance import TRAINING_CODE, code_digest
 run, threads, out, data, result = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
-record = execute(make_run(**run), Path(out), Path(data), device="cpu")
+record = execute(make_run(**run), Path(out), Path(data))
 record["provenance"]["code_digest"] = code_digest(*TRAINING_CODE)
 Path(result).write_text(json.dumps(record))
 """
 
 
 def candidates(records):
-    """Those that can be trained here: on data that anyone can make (or who has the pictures), from random weights."""
+    """Those that can be trained here: on this kind of device, on data that anyone can make or with the pictures."""
+    device = pick_device().partition(":")[0]
     return [
         record
         for record in records
-        if record["provenance"]["device_kind"] == "cpu"
+        if record["provenance"]["device_kind"] == device
         and (record["run"]["data"] == "rooms" or (PICTURES and record["run"]["data"].startswith("folder:")))
-        and not record["run"]["init"]
     ]
 
 
@@ -81,7 +92,7 @@ def kind(provenance):
 
 @pytest.mark.study
 def test_records_of_the_book_drawn_at_random_run_again_to_the_same_numbers(tmp_path):
-    records = [r for r in candidates(committed_records()) if r["run"]["data"] == "rooms"]
+    records = [r for r in candidates(committed_records()) if r["run"]["data"] == "rooms" and not r["run"]["init"]]
     records = [r for r in records if r["provenance"]["total_seconds"] < LONGEST]
     assert records, "the book has no records"
     drawn = random.sample(records, min(COUNT, len(records)))
@@ -102,12 +113,15 @@ def test_records_of_the_book_drawn_at_random_run_again_to_the_same_numbers(tmp_p
             assert outcome["rms_now"] == pytest.approx(outcome["rms_then"], rel=ELSEWHERE)
 
 
-def library_of(commit, folder):
-    """The library as it was at a commit."""
-    packed = subprocess.run(["git", "archive", commit, "d3lib"], cwd=PROJECT, capture_output=True, check=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        archive.extractall(folder, filter="data")
-    return folder
+def library_of(records, folder):
+    """The library as it was when the records were made; None where no commit of it is in this clone."""
+    for commit in {record["provenance"]["commit"] for record in records if record["provenance"]["dirty"] is False}:
+        packed = subprocess.run(["git", "archive", commit, "d3lib"], cwd=PROJECT, capture_output=True)
+        if packed.returncode == 0:
+            with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
+                archive.extractall(folder, filter="data")
+            return folder
+    return None
 
 
 def begun(record, library, out):
@@ -116,6 +130,8 @@ def begun(record, library, out):
     run = record["run"] | {"steps": min(record["run"]["steps"], FIRST_STEPS), "evaluations": 1}
     if run["data"] != "rooms":
         run["data"] = f"folder:{Path(PICTURES).resolve() / Path(run['data']).name}"
+    if run["init"]:
+        run["init"] = str(DEMONSTRATION)  # any weights show whether two codes do the same with them
     made = record["provenance"]
     arguments = [run, made["threads"], str(out), str(data_folder().resolve()), str(out / "result.json")]
     environment = {name: value for name, value in os.environ.items() if name != "D3LIB_COMPILE"}
@@ -126,34 +142,36 @@ def begun(record, library, out):
     return json.loads((out / "result.json").read_text())
 
 
+def both(record, library, out):
+    """Begin a record's run by its own code and by today's."""
+    made, today = record["provenance"], code_digest(*TRAINING_CODE)
+    try:
+        then, now = (begun(record, place, out / name) for place, name in ((library, "then"), (PROJECT, "now")))
+        assert [r["provenance"]["code_digest"] for r in (then, now)] == [made["code_digest"], today]
+        assert then["data"]["digest"] == record["data"]["digest"], "other data than the record's"
+        outcome = vouch_outcome(record["key"], then, now)
+    except Exception as error:  # counts as not the same, and takes nothing from the others
+        print(record["key"], error)
+        data = record["data"]["digest"]
+        outcome = {"key": record["key"], "code": made["code_digest"], "data": data, "same": False}
+    print(outcome["key"], outcome["same"], flush=True)
+    return outcome
+
+
 @pytest.mark.study
 def test_older_code_that_made_records_and_todays_begin_their_runs_alike_to_the_last_bit(tmp_path):
-    records = [r for r in candidates(committed_records()) if not same_code(r)]
-    if not records:
-        pytest.skip("all records are of today's training code")
-    versions = {
-        r["provenance"]["code_digest"]: r["provenance"]["commit"] for r in records if not r["provenance"]["dirty"]
-    }
-    old = {code: library_of(commit, tmp_path / code) for code, commit in versions.items()}
-    drawn = [record for record in draw_records(records, COUNT) if record["provenance"]["code_digest"] in old]
-
-    def both(record):
-        code = record["provenance"]["code_digest"]
-        then = begun(record, old[code], tmp_path / "runs" / record["key"] / "then")
-        now = begun(record, PROJECT, tmp_path / "runs" / record["key"] / "now")
-        assert then["provenance"]["code_digest"] == code
-        outcome = rerun_outcome(then | {"key": record["key"]}, now)
-        print(outcome, flush=True)
-        return outcome
-
-    outcomes = []
-    try:
-        with concurrent.futures.ThreadPoolExecutor(at_once(drawn)) as pool:
-            for outcome in pool.map(both, drawn):
-                outcomes.append(outcome)
-    finally:  # one run that fails takes nothing from the others
-        if RECORD:
-            write_rerun(Path(RECORD), outcomes, collect(*TRAINING_CODE) | {"steps": FIRST_STEPS})
-    for outcome in outcomes:
-        assert outcome["same_data"] and outcome["same_weights"], outcome
-        assert outcome["rms_now"] == outcome["rms_then"], outcome
+    versions = {}
+    for record in candidates(committed_records()):
+        if not same_code(record):
+            versions.setdefault(record["provenance"]["code_digest"], []).append(record)
+    libraries = {code: library_of(records, tmp_path / code) for code, records in versions.items()}
+    drawn = draw_records([r for code, records in versions.items() if libraries[code] for r in records], COUNT)
+    if not drawn:
+        pytest.skip("no records of older code that is in this clone's history")
+    provenance = collect(*TRAINING_CODE, device=pick_device()) | {"steps": FIRST_STEPS}
+    with concurrent.futures.ThreadPoolExecutor(at_once(drawn)) as pool:
+        places = [(libraries[r["provenance"]["code_digest"]], tmp_path / "runs" / r["key"]) for r in drawn]
+        outcomes = [done.result() for done in [pool.submit(both, r, *p) for r, p in zip(drawn, places, strict=True)]]
+    if RECORD:
+        write_rerun(Path(RECORD), outcomes, provenance, VOUCHED)
+    assert all(outcome["same"] for outcome in outcomes)
