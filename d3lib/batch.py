@@ -217,8 +217,9 @@ def work_through(
         print(f"{len(waiting)} runs to do at budget {budget} on {plan['data']}, {count} at a time", flush=True)
         stores = [stores_of(runs[key], Path(plan["data_root"])) for key in waiting]
         for store in {store.folder: store for each in stores for store in each.values()}.values():
+            if time.monotonic() > deadline:
+                break
             with contextlib.suppress(UserError, OSError):  # the runs that need it say so
-                _report(deadline, f"{store.folder.name}: ")
                 store.open(progress=functools.partial(_report, deadline))
         try:
             while working or (waiting and time.monotonic() < deadline):

@@ -51,7 +51,7 @@ Path(result).write_text(json.dumps(record))
 
 
 def candidates(records):
-    """Those that can be trained here: on this device, from random weights, on data that anyone can make."""
+    """Those that can be trained here: on this device, from random weights, on data anyone can make or on `PICTURES`."""
     device = pick_device().partition(":")[0]
     return [
         record
