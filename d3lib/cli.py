@@ -379,7 +379,7 @@ def _keep(options: argparse.Namespace) -> None:
 
 
 def _notebook(options: argparse.Namespace) -> None:
-    from d3lib.batch import execute_notebook, read_parameters
+    from d3lib.notebooks import execute_notebook, read_parameters
 
     parameters = read_parameters(options.parameters, options.pairs)
     execute_notebook(options.source, options.target, parameters)

@@ -23,7 +23,7 @@ LAYERS = [
     {"data", "losses", "metrics", "details", "models"},
     {"distributed"},
     {"training", "evaluation", "baselines"},
-    {"experiments", "records", "intervals"},
+    {"experiments", "records", "intervals", "notebooks"},
     {"execution"},
     {"scoring"},
     {"results", "gate"},

@@ -20,7 +20,6 @@ from test_corruption import batches, train
 
 from d3lib import cli
 from d3lib.artefacts import digest_json, read_json, save_weights
-from d3lib.batch import check_parameters, read_parameters
 from d3lib.data import kinect, raw
 from d3lib.data.folder import read_depth
 from d3lib.data.shards import open_store
@@ -29,6 +28,7 @@ from d3lib.evaluation import load_network
 from d3lib.experiments import Run, make_run
 from d3lib.losses import build_loss
 from d3lib.models import D3Net
+from d3lib.notebooks import check_parameters, read_parameters
 from d3lib.records import RECORD, State, read_record
 from d3lib.training import fit
 
