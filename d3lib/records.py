@@ -172,7 +172,10 @@ def _vouched(folder: Path, now: str) -> frozenset[tuple[str, ...]]:
 
 
 def vouch_outcome(key: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether two codes came to the same weights and scores, to the last bit; `then` is the one by the older code."""
+    """Whether two codes came to the same weights and scores, to the last bit.
+
+    `then` is by the older code; parts that it did not write yet (details, say) are not compared.
+    """
     parts = ("weights_digest", "data", "metrics", "details", "by_scene", "chosen_step")
     same = all(then[part] == now[part] for part in parts if part in then)
     code, data = then["provenance"]["code_digest"], then["data"]["digest"]

@@ -64,7 +64,12 @@ def execute_pages(app: Sphinx, config) -> None:
         return
     peaks = Path(config.nb_execution_cache_path) / "peaks"
     peaks.mkdir(exist_ok=True)
+    # Kernels with settings of their own: none of the reader's, and no line from each that it listens on this machine.
+    settings = peaks.with_name("ipython") / "profile_default" / "ipython_kernel_config.py"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text('get_config().IPKernelApp.log_level = "ERROR"\n')
     os.environ |= {"PYTHONSTARTUP": str(Path(__file__).with_name("peak.py")), "BOOK_PEAKS": str(peaks)}
+    os.environ["IPYTHONDIR"] = str(settings.parents[1])
     reader = {"type": "plugin", "name": "myst_nb_md"}  # as myst-nb reads them, or the cache would not match
     cache = get_cache(config.nb_execution_cache_path)
     pages = [Path(app.srcdir) / f"{page}.md" for page in chapters(Path(app.srcdir))]
