@@ -7,6 +7,7 @@ their results must agree or there is no row.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import json
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,6 +31,7 @@ import torch
 
 from d3lib import naive
 from d3lib.artefacts import write_json
+from d3lib.batch import KEEP_MEMORY
 from d3lib.costs import random_batch, train_in_parts
 from d3lib.errors import UserError
 from d3lib.losses import build_loss, generator_loss
@@ -354,13 +357,34 @@ def _bench_together(device: str) -> Iterator[Row]:
     count, steps = (4, 50) if on_gpu else (min(cores, 8), 5)
     if count == 1:
         return
-    with concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-        work = partial(pool.map, partial(_small_run, device, steps))
-        one_at_a_time = lambda: [list(work([cores])) for _ in range(count)]  # noqa: E731 - beside its counterpart
-        at_once = lambda: list(work([max(1, cores // count)] * count))  # noqa: E731
-        at_once()  # all processes start, and import
+    work = partial(_small_run, device, steps)
+    with _processes(count, work) as pool:
+        one_at_a_time = lambda: [list(pool.map(work, [cores])) for _ in range(count)]  # noqa: E731 - beside the other
+        at_once = lambda: list(pool.map(work, [max(1, cores // count)] * count))  # noqa: E731
         where = "one GPU" if on_gpu else f"{cores} cores"
         yield _versus(f"{count} runs of tiny on {where}", one_at_a_time, at_once, 3, "one at a time / at once")
+        if on_gpu:
+            return
+        with _processes(count, work, KEEP_MEMORY) as keeping:
+            kept = lambda: list(keeping.map(work, [max(1, cores // count)] * count))  # noqa: E731
+            yield _versus(f"{count} runs of tiny at once", at_once, kept, what="freed memory given back / kept")
+
+
+@contextlib.contextmanager
+def _processes(
+    count: int, work: Callable[[int], Any], settings: Mapping[str, str] = types.MappingProxyType({})
+) -> Iterator[concurrent.futures.Executor]:
+    """Processes that have started and done `work` once, each with these settings in its environment."""
+    before = {name: os.environ.get(name) for name in settings}
+    with concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        os.environ |= settings
+        try:
+            list(pool.map(work, [1] * count))
+        finally:
+            for name in settings:
+                del os.environ[name]
+            os.environ |= {name: value for name, value in before.items() if value is not None}
+        yield pool
 
 
 def _small_run(device: str, steps: int, threads: int) -> None:

@@ -29,4 +29,5 @@ def build_book(folder: Path, address: str | None = None) -> Path:
     command += ["--path-output", str(folder), *([] if address else ["-W", "-n", "--keep-going"])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "[IPKernelApp]" not in done.stdout + done.stderr, "a kernel's warning for each page"
     return folder / "_build" / "html"

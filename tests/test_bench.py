@@ -1,5 +1,7 @@
 """The benchmarks: their baselines give the same answers, a race of unequal answers is none, and rows are kept."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,13 @@ def test_kinds_of_kernels_add_up_to_the_trace():
     seconds = bench._kernel_seconds(trace)
     assert sum(seconds.values()) == pytest.approx(14e-6)
     assert seconds["batch normalisation"] == 2e-6 and seconds["convolutions"] == 3e-6
+
+
+def test_processes_start_with_the_settings_asked_for_and_this_one_keeps_its_own(monkeypatch):
+    monkeypatch.setenv("D3LIB_KEPT", "before")
+    with bench._processes(1, abs, {"D3LIB_KEPT": "inside", "D3LIB_NEW": "1"}) as pool:
+        assert list(pool.map(os.getenv, ["D3LIB_KEPT", "D3LIB_NEW"])) == ["inside", "1"]
+        assert (os.environ["D3LIB_KEPT"], os.environ.get("D3LIB_NEW")) == ("before", None)
 
 
 def test_start_up_reads_no_torch():
