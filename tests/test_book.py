@@ -1,5 +1,6 @@
 """The built book: its links, its status page, its Colab notebooks, its execution cache."""
 
+import copy
 import functools
 import importlib.util
 import json
@@ -75,6 +76,19 @@ def test_scripts_styles_and_pictures_come_with_the_book(html):
     links, _ = references(html)
     foreign = [h for _, h in links if h.startswith(("http", "//")) and re.search(r"\.(js|css|woff2?|png|svg)(\?|$)", h)]
     assert not foreign
+
+
+def test_no_sentence_or_table_shows_an_object_as_python_prints_it(html):
+    shown = []
+    for page in PAGES:
+        article = copy.copy(parsed(html / f"{page}.html").find("article"))
+        for code in article.find_all(["pre", "code", "script"]):
+            code.decompose()
+        text = article.get_text()
+        shown += [
+            (page, text[m.start() : m.start() + 60]) for m in re.finditer(r"\b[A-Z]\w+\(\w+=|<[\w.]+ object", text)
+        ]
+    assert not shown
 
 
 def test_the_status_page_gives_the_time_and_the_memory_of_every_page_that_executes(html):
