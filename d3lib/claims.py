@@ -455,7 +455,7 @@ def paper_verdicts(claims: Sequence[Claim] = CLAIMS) -> dict[str, Verdict]:
             continue
         signs = [(gain > 0) - (gain < 0) for gain in found.values()]
         text = f"{signs.count(1)} of {len(signs)} differences as claimed, {signs.count(-1)} against"
-        text += f", {signs.count(0)} ties" * (0 in signs)
+        text += f", {signs.count(0)} tie{'s' * (signs.count(0) > 1)}" * (0 in signs)
         worst, least = min(found.items(), key=lambda pair: pair[1])
         if claim.quorum is None:
             text += f". {'Largest against' if least < 0 else 'Smallest'}: {worst}: by {_amount(least, worst)}"
@@ -588,13 +588,14 @@ def _verdict(claim: Claim, name: str, runs: Runs, tests: Mapping[Comparison, _Te
         return answer("not tested", text if used else "No runs.")
     signs = [test.sign for test in mine]
     status = claim.status(signs)
-    text = f"{signs.count(1)} of {len(signs)} comparisons separated as claimed, {signs.count(-1)} against."
+    text = f"{signs.count(1)} of {len(signs)} comparison{'s' * (len(signs) > 1)} separated as claimed, "
+    text += f"{signs.count(-1)} against."
     if status == "contradicted":
-        shown, label = min(made, key=lambda test: (test.sign, test.interval.high)), "Against"
+        shown, label = min(made, key=lambda test: (test.sign, test.interval.high)), "Against: "
     else:
-        shown, label = min(made, key=lambda test: (test.sign, test.interval.low)), "Weakest"
+        shown, label = min(made, key=lambda test: (test.sign, test.interval.low)), "Weakest: " if len(made) > 1 else ""
     low, high = (_amount(x, shown.comparison) for x in (shown.interval.low, shown.interval.high))
-    text += f" {label}: {shown.comparison}: by {_amount(shown.interval.mean, shown.comparison)} ({low} to {high})."
+    text += f" {label}{shown.comparison}: by {_amount(shown.interval.mean, shown.comparison)} ({low} to {high})."
     seeds = min(test.interval.n for test in mine)
     text += f" {'Preview: ' if seeds < FULL_SEEDS else ''}{seeds} paired seeds."
     lost = sum(test.only_over_seeds for test in mine)

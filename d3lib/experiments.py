@@ -101,7 +101,7 @@ BUDGETS: Mapping[str, Budget] = types.MappingProxyType(
             **_ONE_SEED,
         ),
         "laptop": Budget(
-            "CPU, minutes a run, some hours in all: a study of the thin network that anyone can repeat",
+            "CPU, minutes a run, hours for the main grid: a study of the thin network that anyone can repeat",
             views={"795": 1, "12k": 15, "230k": 60},
             **_TINY,
             ndf=16,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3lib.artefacts import read_json
+from d3lib.artefacts import digest_json, read_json
 from d3lib.experiments import BUDGETS, Run, all_runs, make_run, manifest
 from d3lib.intervals import prediction_interval
 from d3lib.records import BOOK, State, committed_records, is_current, read_record
@@ -100,9 +100,10 @@ def what_stands_behind(budget: str, out: Path, only: str) -> str:
     came = sum(not (out / budget / record["key"] / "record.json").is_file() for record in done)
     text += f"{came} of them came with the book. " if came else ""
     data = done[0]["data"]["description"].split(",")[0]
-    seeds = sorted(Counter((r["run"]["loss"], r["run"]["train_set"], r["run"]["encoder"]) for r in done).values())
+    seeds = sorted(Counter(digest_json(r["run"] | {"seed": 0}) for r in done).values())
     size = next(iter(runs.values()))
-    text += f"Data: {data}. Pictures of {size.height} x {size.width}, batches of {size.batch_size}. "
+    sizes = dict.fromkeys(f"{r['run']['height']} x {r['run']['width']}" for r in done)
+    text += f"Data: {data}. Pictures of {' and '.join(sizes)}, batches of {size.batch_size}. "
     text += f"Runs behind one point: {seeds[0]}" + (f" to {seeds[-1]}. " if seeds[-1] != seeds[0] else ". ")
     if row.data == "nyu" and size.data == "rooms":
         text += "NYU Depth V2 is not prepared here: nested sets of rooms stand for its three sets. "

@@ -405,7 +405,7 @@ def test_the_papers_numbers_support_what_figure_2_says_but_for_one_tie():
     assert published("fig2", "eigen", "12k", "densenet121", "rms") == published(
         "fig2", "berhu", "12k", "densenet121", "rms"
     )
-    assert found["small sets"].status == "not separated" and "1 ties" in found["small sets"].evidence
+    assert found["small sets"].status == "not separated" and "1 tie" in found["small sets"].evidence
 
 
 def test_the_papers_numbers_have_no_interval_and_what_it_never_measured_is_not_tested():
