@@ -6,16 +6,18 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import platform
 import random
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3lib.artefacts import PROJECT, atomic_write, canonical_json, read_json, unwrap, wrap, write_json
+from d3lib.artefacts import PROJECT, atomic_write, canonical_json, digest_json, read_json, unwrap, wrap, write_json
 from d3lib.errors import UserError
 from d3lib.experiments import Run
 from d3lib.intervals import converged
@@ -184,14 +186,42 @@ def vouch_outcome(key: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 def rerun_outcome(record: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """What a record's run gave when it was done again: test RMSE in metres, weights and data compared by digest."""
-    then_rms, now_rms = (r["metrics"]["chosen"]["test"][r["data"]["target"]]["pooled"]["rms"] for r in (record, now))
     return {
         "key": record["key"],
-        "rms_then": then_rms,
-        "rms_now": now_rms,
+        "rms_then": _test_rms(record),
+        "rms_now": _test_rms(now),
         "same_weights": record["weights_digest"] == now["weights_digest"],
         "same_data": record["data"]["digest"] == now["data"]["digest"],
     }
+
+
+def moves(outcomes: Iterable[Mapping[str, Any]], records: Iterable[Mapping[str, Any]]) -> tuple[int, float, float]:
+    """How far re-runs that ended with other weights moved, beside what two seeds of the same runs differ by.
+
+    Args:
+        outcomes: as of `rerun_outcome`; those count whose run has a second seed among `records`.
+
+    Returns how many count, and two root mean squares of test RMSE in metres (NaN if none counts).
+    """
+    kept = {record["key"]: record for record in records}
+    cell = {key: digest_json(record["run"] | {"seed": 0}) for key, record in kept.items()}
+    seeds: dict[str, list[float]] = {}
+    for key, record in kept.items():
+        seeds.setdefault(cell[key], []).append(_test_rms(record))
+    pairs = [
+        (outcome["rms_now"] - outcome["rms_then"], same)
+        for outcome in outcomes
+        if not outcome["same_weights"] and outcome["key"] in kept and len(same := seeds[cell[outcome["key"]]]) > 1
+    ]
+    if not pairs:
+        return 0, math.nan, math.nan
+    moved = statistics.fmean(change**2 for change, _ in pairs)
+    return len(pairs), math.sqrt(moved), math.sqrt(2 * statistics.fmean(statistics.variance(x) for _, x in pairs))
+
+
+def _test_rms(record: Mapping[str, Any]) -> float:
+    """Pooled test RMSE of the chosen weights, metres, against the record's own kind of depth."""
+    return record["metrics"]["chosen"]["test"][record["data"]["target"]]["pooled"]["rms"]
 
 
 def write_rerun(

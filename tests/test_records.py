@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 
+import numpy as np
 import pytest
 
 from d3lib import records, results
@@ -19,6 +20,7 @@ from d3lib.records import (
     draw_records,
     is_current,
     keep_records,
+    moves,
     read_rerun,
     rerun_outcome,
     same_code,
@@ -222,3 +224,27 @@ def test_an_odd_rerun_is_one_line(tmp_path, content):
     with pytest.raises(UserError, match=r"rerun\.json: ") as caught:
         read_rerun(tmp_path / "rerun.json")
     assert "\n" not in str(caught.value)
+
+
+def test_moves_compares_re_runs_that_ended_elsewhere_with_two_seeds_of_the_same_runs():
+    def record(loss, seed, rms):
+        scores = {"chosen": {"test": {"exact": {"pooled": {"rms": rms}}}}}
+        return {
+            "key": f"{loss}{seed}",
+            "run": {"loss": loss, "seed": seed},
+            "data": {"target": "exact"},
+            "metrics": scores,
+        }
+
+    values = {"l1": [0.90, 0.96, 0.87], "gan": [1.0, 1.2], "l2": [0.8]}
+    book = [record(loss, seed, rms) for loss, column in values.items() for seed, rms in enumerate(column)]
+    now = {"l10": (0.97, False), "gan1": (1.1, False), "l11": (0.96, True), "l20": (2.0, False), "gone": (3.0, False)}
+    outcomes = [
+        {"key": key, "rms_then": {"l10": 0.90, "gan1": 1.2}.get(key, 0.96), "rms_now": rms, "same_weights": same}
+        for key, (rms, same) in now.items()
+    ]
+    count, moved, apart = moves(outcomes, book)
+    assert count == 2  # the same weights, a run of one seed, and one that the book no longer has do not count
+    assert moved == pytest.approx(np.sqrt((0.07**2 + 0.1**2) / 2))
+    assert apart == pytest.approx(np.sqrt(2 * np.mean([np.var(values[loss], ddof=1) for loss in ("l1", "gan")])))
+    assert moves([], book)[0] == 0

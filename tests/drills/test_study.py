@@ -22,6 +22,7 @@ from d3lib.records import (
     VOUCHED,
     committed_records,
     draw_records,
+    moves,
     rerun_outcome,
     same_code,
     vouch_outcome,
@@ -31,7 +32,7 @@ from d3lib.training import pick_device
 
 COUNT = int(os.environ.get("D3LIB_RERUN", RERUN_ENOUGH))
 RECORD = os.environ.get("D3LIB_RERUN_RECORD")
-ELSEWHERE = 0.10  # on another kind of machine a run's rounding differs, and so does its course: as another seed's would
+ELSEWHERE = 2  # on another kind of machine rounding differs, and so a run's course: as another seed's, not twice as far
 LONGEST = 30 * 60  # seconds of a run that is done again
 FIRST_STEPS = 30  # of a run that is begun again: where two codes differ in one bit, so do all weights soon after
 PICTURES = os.environ.get("D3LIB_PICTURES")  # the folder of folds that some records were trained on, who has it
@@ -104,13 +105,13 @@ def test_records_of_the_book_drawn_at_random_run_again_to_the_same_numbers(tmp_p
     here = collect(*TRAINING_CODE)
     if RECORD:
         write_rerun(Path(RECORD), outcomes, here)
+    _, moved, apart = moves(outcomes, committed_records())
+    assert not moved > ELSEWHERE * apart, (moved, apart)
     for record, outcome in zip(drawn, outcomes, strict=True):
         assert outcome["same_data"], outcome
         if kind(record["provenance"]) == kind(here):
             assert outcome["same_weights"], outcome
             assert outcome["rms_now"] == pytest.approx(outcome["rms_then"], rel=1e-5)  # the book keeps six digits
-        else:
-            assert outcome["rms_now"] == pytest.approx(outcome["rms_then"], rel=ELSEWHERE)
 
 
 def library_of(records, folder):
