@@ -25,8 +25,8 @@ from d3lib.results import read_plan, source_of
 from d3lib.training import pick_compiler, pick_device
 
 SNAKEFILE = Path(__file__).resolve().parent / "workflow" / "Snakefile"
-# glibc gives memory back to the system as soon as a large tensor is freed, and asks for it again a step later: of a run
-# on a CPU a sixth of the time. Here it keeps what it has (man 3 mallopt); other C libraries know nothing of these.
+# glibc gives memory back to the system as soon as a large tensor is freed, and asks for it again a step later.
+# Here it keeps what it has (man 3 mallopt); `d3lib bench together` tells the gain. Other C libraries ignore these.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(1 << 26)}
 NOISE = (  # lines that say nothing about the work; all else, errors above all, is passed on
     *("Assuming unrestricted", "Building DAG", "Using shell", "Provided cores", "Rules claiming", "Complete log"),

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -358,7 +357,7 @@ def _bench_together(device: str) -> Iterator[Row]:
     if count == 1:
         return
     work = partial(_small_run, device, steps)
-    with _processes(count, work) as pool:
+    with _processes(count, work, {}) as pool:
         one_at_a_time = lambda: [list(pool.map(work, [cores])) for _ in range(count)]  # noqa: E731 - beside the other
         at_once = lambda: list(pool.map(work, [max(1, cores // count)] * count))  # noqa: E731
         where = "one GPU" if on_gpu else f"{cores} cores"
@@ -372,7 +371,7 @@ def _bench_together(device: str) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _processes(
-    count: int, work: Callable[[int], Any], settings: Mapping[str, str] = types.MappingProxyType({})
+    count: int, work: Callable[[int], Any], settings: Mapping[str, str]
 ) -> Iterator[concurrent.futures.Executor]:
     """Processes that have started and done `work` once, each with these settings in its environment."""
     before = {name: os.environ.get(name) for name in settings}

@@ -195,6 +195,11 @@ def rerun_outcome(record: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
     }
 
 
+def but_for_seed(record: Mapping[str, Any]) -> str:
+    """A digest that a record shares with those whose runs differ from its own in nothing but the seed."""
+    return digest_json(record["run"] | {"seed": 0})
+
+
 def moves(outcomes: Iterable[Mapping[str, Any]], records: Iterable[Mapping[str, Any]]) -> tuple[int, float, float]:
     """How far re-runs that ended with other weights moved, beside what two seeds of the same runs differ by.
 
@@ -204,7 +209,7 @@ def moves(outcomes: Iterable[Mapping[str, Any]], records: Iterable[Mapping[str, 
     Returns how many count, and two root mean squares of test RMSE in metres (NaN if none counts).
     """
     kept = {record["key"]: record for record in records}
-    cell = {key: digest_json(record["run"] | {"seed": 0}) for key, record in kept.items()}
+    cell = {key: but_for_seed(record) for key, record in kept.items()}
     seeds: dict[str, list[float]] = {}
     for key, record in kept.items():
         seeds.setdefault(cell[key], []).append(_test_rms(record))

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3lib.artefacts import digest_json, read_json
+from d3lib.artefacts import read_json
 from d3lib.experiments import BUDGETS, Run, all_runs, make_run, manifest
 from d3lib.intervals import prediction_interval
-from d3lib.records import BOOK, State, committed_records, is_current, read_record
+from d3lib.records import BOOK, State, but_for_seed, committed_records, is_current, read_record
 from d3lib.scoring import baselines_path
 
 REFERENCE = Path(__file__).resolve().parent / "reference" / "paper_results.csv"
@@ -100,7 +100,7 @@ def what_stands_behind(budget: str, out: Path, only: str) -> str:
     came = sum(not (out / budget / record["key"] / "record.json").is_file() for record in done)
     text += f"{came} of them came with the book. " if came else ""
     data = done[0]["data"]["description"].split(",")[0]
-    seeds = sorted(Counter(digest_json(r["run"] | {"seed": 0}) for r in done).values())
+    seeds = sorted(Counter(map(but_for_seed, done)).values())
     size = next(iter(runs.values()))
     sizes = dict.fromkeys(f"{r['run']['height']} x {r['run']['width']}" for r in done)
     text += f"Data: {data}. Pictures of {' and '.join(sizes)}, batches of {size.batch_size}. "

@@ -90,6 +90,13 @@ def test_a_page_says_which_records_are_of_the_book_and_that_some_are_older(tmp_p
     assert "older version" in results.what_stands_behind("study", tmp_path, "skips")
 
 
+def test_the_head_of_a_page_counts_seeds_and_not_changes(tmp_path, monkeypatch):
+    runs = all_runs("study", "lam_gan")  # three values of λ, three seeds each
+    found = [record(0.5, **dataclasses.asdict(run)) | {"key": key} for key, run in runs.items()]
+    monkeypatch.setattr(results, "committed_records", lambda: found)
+    assert "Runs behind one point: 3. " in results.what_stands_behind("study", tmp_path, "lam_gan")
+
+
 def test_baselines_of_this_copy_come_before_those_of_the_book(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "BOOK", tmp_path / "book")
     for place, sizes in (("book", ("795", "12k")), ("out", ("795",))):
