@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_kill import CONTEXT
 
-from d3lib.artefacts import PROJECT, data_folder
+from d3lib.artefacts import PROJECT, data_folder, digest_file, digest_json
 from d3lib.experiments import make_run
 from d3lib.provenance import TRAINING_CODE, code_digest, collect
 from d3lib.records import (
@@ -46,13 +46,9 @@ import torch
 from d3lib.execution import execute
 from d3lib.experiments import make_run
 from d3lib.provenance import TRAINING_CODE, code_digest
-runs, threads, out, data, result = json.loads(sys.argv[1])
+run, threads, out, data, result = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
-start = ""
-for run in runs:
-    run = make_run(**run | {"init": start})
-    record = execute(run, Path(out), Path(data))
-    start = f"run:{run.key}"
+record = execute(make_run(**run), Path(out), Path(data))
 record["provenance"]["code_digest"] = code_digest(*TRAINING_CODE)
 Path(result).write_text(json.dumps(record))
 """
@@ -135,20 +131,13 @@ def library_of(records, folder):
     return None
 
 
-def shortened(run):
-    """A run's first steps, after those of the run from whose weights it starts."""
-    first = run | {"steps": min(run["steps"], FIRST_STEPS), "evaluations": 1, "init": ""}
-    if run["data"] != "rooms":
-        first["data"] = f"folder:{Path(PICTURES).resolve() / Path(run['data']).name}"
-    before = [r["run"] for r in committed_records() if run["init"] == f"run:{r['key']}"]
-    return [*(first for one in before for first in shortened(one)), first]
-
-
-def begun(record, library, out):
-    """The first steps of a record's run by the code in `library`."""
+def begun(run, made, library, out):
+    """The first steps of a run by the code in `library`, with as many threads and the compiler that `made` names."""
     out.mkdir(parents=True)
-    made, runs = record["provenance"], shortened(record["run"])
-    arguments = [runs, made["threads"], str(out), str(data_folder().resolve()), str(out / "result.json")]
+    run = run | {"steps": min(run["steps"], FIRST_STEPS), "evaluations": 1}
+    if run["data"] != "rooms":
+        run["data"] = f"folder:{Path(PICTURES).resolve() / Path(run['data']).name}"
+    arguments = [run, made["threads"], str(out), str(data_folder().resolve()), str(out / "result.json")]
     environment = {name: value for name, value in os.environ.items() if name != "D3LIB_COMPILE"}
     environment |= {"PYTHONPATH": str(library)} | ({"D3LIB_COMPILE": made["compiler"]} if made.get("compiler") else {})
     command = [sys.executable, "-c", BEGIN, json.dumps(arguments)]
@@ -157,14 +146,32 @@ def begun(record, library, out):
     return json.loads((out / "result.json").read_text())
 
 
+def from_new_weights(record, library, out):
+    """A record's run from other weights than it had, which are gone, and the digest that its data must have then.
+
+    The weights are those after the first steps of the run that it started from; its pictures those of the record that
+    differs from it in nothing but its start, at random.
+    """
+    book = committed_records()
+    before = next(r for r in book if record["run"]["init"] == f"run:{r['key']}")
+    at_random = next(r for r in book if r["run"] == record["run"] | {"init": ""})
+    begun(before["run"], record["provenance"], library, out)
+    weights = next(out.rglob("weights.safetensors"))
+    return record["run"] | {"init": str(weights)}, digest_json([at_random["data"]["digest"], digest_file(weights)])
+
+
 def both(record, library, out):
     """Begin a record's run by its own code and by today's."""
     made, today = record["provenance"], code_digest(*TRAINING_CODE)
     try:
-        then, now = (begun(record, place, out / name) for place, name in ((library, "then"), (PROJECT, "now")))
+        run, data = record["run"], record["data"]["digest"]
+        if run["init"]:
+            run, data = from_new_weights(record, library, out / "start")
+        places = ((library, "then"), (PROJECT, "now"))
+        then, now = (begun(run, made, place, out / name) for place, name in places)
         assert [r["provenance"]["code_digest"] for r in (then, now)] == [made["code_digest"], today]
-        assert then["data"]["digest"] == record["data"]["digest"], "other data than the record's"
-        outcome = vouch_outcome(record["key"], then, now)
+        assert then["data"]["digest"] == data, "other data than the record's"
+        outcome = vouch_outcome(record["key"], then, now) | {"data": record["data"]["digest"]}
     except Exception as error:  # counts as not the same, and takes nothing from the others
         print(record["key"], error)
         data = record["data"]["digest"]
