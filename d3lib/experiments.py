@@ -293,6 +293,7 @@ FIGURE_PAGES = ("fig2", "fig3", "fig4", "fig5", "table2", "beyond", "real", "cla
 """The notebooks in `book/experiments` that draw figures and tables from records; each takes the parameter `budget`."""
 FOLDS = 5  # of a folder of real pictures, each the test set in its turn (see `d3lib.data.folder.write_folds`)
 LONGER = 4  # times the steps of a CPU's study, to see what its runs would still have learnt
+LONGER_ENCODERS = 3  # the same for its large encoders
 TRANSFER_STEPS = 500  # on a few real pictures, each of which is seen dozens of times
 OVERVIEWS = ("claims", "results")  # the pages that read every run
 
@@ -346,6 +347,11 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
         for encoder in ("densenet121", "resnet50")
         for loss in row.side_losses
     )
+    decoders = tuple(
+        dataclasses.replace(run, encoder="resnet50_narrow")
+        for run in encoders
+        if run.encoder == "resnet50" and run.loss in ("l1", "eigen", "gan")
+    )
     beyond_steps = row.beyond.get("steps", row.steps)
     equal_epochs = max(1, round(beyond_steps * row.views["795"] / row.views["12k"]))
     real = data or row.data
@@ -384,9 +390,11 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
                    for run in runs(("l1", "l2"), target=target))),
         Item("scenes", "As many frames from fewer scenes: what makes a training set large?",
              tuple(run for count in fewer for run in runs(("l1",), scenes=count))),
-        Item("decoder", "Is it the encoder or the wider decoder that tells ResNet-50 from DenseNet-121?",
-             tuple(dataclasses.replace(run, encoder="resnet50_narrow") for run in encoders
-                   if run.encoder == "resnet50" and run.loss in ("l1", "eigen", "gan"))),
+        Item("decoder", "Is it the encoder or the wider decoder that tells ResNet-50 from DenseNet-121?", decoders),
+        Item("encoders", f"Are the encoders' runs too short: what do {LONGER_ENCODERS} times their steps change?",
+             tuple(dataclasses.replace(run, steps=LONGER_ENCODERS * run.steps)
+                   for run in (*encoders, *decoders) if run.seed == 0 and run.loss in ("l1", "eigen"))
+             if row.encoders.get("steps", row.steps) < row.steps and not row.beyond else ()),
         Item("transfer", "Does a network trained on the batch's data learn real pictures better than a new one?",
              _transfer(grid, pictures, beyond_steps) if pictures else (), "real"),
         Item("pretraining", "What do ImageNet weights bring?",
