@@ -236,7 +236,8 @@ class Contrast:
 def contrasts(budget: str, out: Path, item: str, metric: str = "rms") -> list[Contrast]:
     """Every change that a question beyond the paper asks about, with paired differences; empty tuples: not run."""
     records = load_records(budget, out)
-    pool = [run for name in ("reference", "fig2", "fig5") for run in runs_of(budget, out, name).values()]
+    plain = ("reference", "fig2", "fig5", *(() if item == "decoder" else ("decoder",)))
+    pool = [run for name in plain for run in runs_of(budget, out, name).values()]
     groups: dict[tuple[str, str, str], list[tuple[Run, Run]]] = {}
     for run in runs_of(budget, out, item).values():
         rivals = [r for r in pool if (r.loss, r.train_set, r.seed) == (run.loss, run.train_set, run.seed)]
@@ -244,6 +245,8 @@ def contrasts(budget: str, out: Path, item: str, metric: str = "rms") -> list[Co
             continue
         closest = min(rivals, key=lambda rival: len(_changes(run, rival)))
         what = ", ".join(f"{name} {getattr(run, name)}" for name in _changes(run, closest))
+        if run.encoder == closest.encoder != make_run(budget).encoder:
+            what += f" for {run.encoder}"
         groups.setdefault((what, run.loss, run.train_set), []).append((run, closest))
     found = []
     for (what, loss, size), pairs in groups.items():
