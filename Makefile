@@ -46,10 +46,10 @@ drill: setup ## kill, fill, flip and forge: what a run survives, as a table (LON
 	OMP_NUM_THREADS=1 D3LIB_LONG="$(LONG)" D3LIB_DRILLS="$(RECORD)" $(BIN)/python -m pytest -n $(JOBS) -m "drill or not drill" tests/drills
 
 rerun: setup ## train ten of the book's records again, drawn at random, and compare (half an hour or more; RECORD=file.json)
-	OMP_NUM_THREADS=1 D3LIB_RERUN_RECORD="$(RECORD)" $(BIN)/python -m pytest -s -m study tests/drills/test_study.py -k again
+	OMP_NUM_THREADS=1 D3LIB_RERUN_RECORD="$(RECORD)" $(BIN)/python -m pytest -s -rs -m study tests/drills/test_study.py -k again
 
-vouch: setup ## begin records of older code again by that code and by today's, bit for bit the same? (about an hour, less if some are in the book already; RECORD=file.json)
-	OMP_NUM_THREADS=1 D3LIB_RERUN_RECORD="$(RECORD)" $(BIN)/python -m pytest -s -m study tests/drills/test_study.py -k older
+vouch: setup ## begin records of older code again by that code and by today's, bit for bit the same? (about an hour; RECORD=file.json keeps the outcome and adds to what the file has)
+	OMP_NUM_THREADS=1 D3LIB_RERUN_RECORD="$(RECORD)" $(BIN)/python -m pytest -s -rs -m study tests/drills/test_study.py -k older
 
 notebooks: setup ## run every Colab notebook in an environment like Colab's, which it builds (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m colab tests/test_colab.py

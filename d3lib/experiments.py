@@ -306,10 +306,11 @@ class Item:
     question: str  # what it asks, in one line
     runs: tuple[Run, ...]
     page: str = "beyond"  # the name of the page in `FIGURE_PAGES` that shows it
+    also: str = ""  # another page that reads its runs
 
     @property
     def beyond(self) -> bool:
-        """Whether the paper does not have it, and a run of the paper differs from it in one thing."""
+        """Whether the paper does not have it: each run differs in one thing from one of another item."""
         return self.page == "beyond"
 
 
@@ -390,11 +391,12 @@ def manifest(budget: str, data: str | None = None, pictures: str | None = None) 
                    for run in runs(("l1", "l2"), target=target))),
         Item("scenes", "As many frames from fewer scenes: what makes a training set large?",
              tuple(run for count in fewer for run in runs(("l1",), scenes=count))),
-        Item("decoder", "Is it the encoder or the wider decoder that tells ResNet-50 from DenseNet-121?", decoders),
+        Item("decoder", "Is it the encoder or the wider decoder that tells ResNet-50 from DenseNet-121?", decoders,
+             also="fig5"),
         Item("encoders", f"Are the encoders' runs too short: what do {LONGER_ENCODERS} times their steps change?",
              tuple(dataclasses.replace(run, steps=LONGER_ENCODERS * run.steps)
                    for run in (*encoders, *decoders) if run.seed == 0 and run.loss in ("l1", "eigen"))
-             if row.encoders.get("steps", row.steps) < row.steps and not row.beyond else ()),
+             if row.encoders.get("steps", row.steps) < row.steps and not row.beyond else (), also="fig5"),
         Item("transfer", "Does a network trained on the batch's data learn real pictures better than a new one?",
              _transfer(grid, pictures, beyond_steps) if pictures else (), "real"),
         Item("pretraining", "What do ImageNet weights bring?",
@@ -450,9 +452,13 @@ def pages_of(
 ) -> dict[str, list[str]]:
     """The pages that show the budget's runs, or those of `only`, each with the keys of the runs it reads."""
     items = manifest(budget, data, pictures).values()
-    pages = {item.page for item in items if only in (None, item.name, item.page)}
+    pages = {page for item in items if only in (None, item.name, item.page) for page in (item.page, item.also)}
     pages |= {name for name in OVERVIEWS if only in (None, name)}
-    return {name: list(all_runs(budget, name, data, pictures)) for name in FIGURE_PAGES if name in pages}
+    found = {name: all_runs(budget, name, data, pictures) for name in FIGURE_PAGES if name in pages}
+    for item in items:
+        if item.also in found:
+            found[item.also] |= {run.key: run for run in item.runs}
+    return {name: list(runs) for name, runs in found.items()}
 
 
 def find_run(key: str, pictures: str | None = None) -> Run:

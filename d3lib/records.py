@@ -156,21 +156,31 @@ def population(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 @functools.cache
 def _vouched(folder: Path, now: str) -> frozenset[tuple[str, ...]]:
-    """The populations of which enough of the book's records were begun again by their own code and by `now` alike."""
+    """The populations that the book's own outcomes vouch for, if they are of the code `now`."""
     kept = read_rerun(folder / "vouched.json", VOUCHED)
     if kept is None or kept["provenance"]["code_digest"] != now:
         return frozenset()
-    book = {record["key"]: record for record in committed_records(folder)}
-    found: dict[tuple[str, ...], dict[str, bool]] = {}
+    return vouched_for(kept, committed_records(folder))
+
+
+def vouched_for(kept: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> frozenset[tuple[str, ...]]:
+    """The populations of which enough of `records` were begun again by their own code and by today's alike.
+
+    `kept` is as `read_rerun` gives it. A code that once came to other bits is vouched for in no population, also if the
+    record that showed it has been made anew since.
+    """
+    book = {record["key"]: record for record in records}
+    differ = {outcome["code"] for outcome in kept["outcomes"] if not outcome["same"]}
+    found: dict[tuple[str, ...], set[str]] = {}
     for outcome in kept["outcomes"]:
         if (record := book.get(outcome["key"])) is None:
             continue
         made = record["provenance"]
         its_own = [made["code_digest"], record["data"]["digest"], made.get("device_kind")]
         if its_own == [outcome["code"], outcome["data"], kept["provenance"].get("device_kind")]:
-            found.setdefault(population(record), {})[record["key"]] = outcome["same"]
+            found.setdefault(population(record), set()).add(record["key"])
     size = Counter(map(population, book.values()))
-    return frozenset(p for p, same in found.items() if len(same) >= min(RERUN_ENOUGH, size[p]) and all(same.values()))
+    return frozenset(p for p, same in found.items() if len(same) >= min(RERUN_ENOUGH, size[p]) and p[0] not in differ)
 
 
 def vouch_outcome(key: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

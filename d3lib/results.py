@@ -245,8 +245,8 @@ def contrasts(budget: str, out: Path, item: str, metric: str = "rms") -> list[Co
             continue
         closest = min(rivals, key=lambda rival: len(_changes(run, rival)))
         what = ", ".join(f"{name} {getattr(run, name)}" for name in _changes(run, closest))
-        if run.encoder == closest.encoder != make_run(budget).encoder:
-            what += f" for {run.encoder}"
+        if closest.encoder != make_run(budget).encoder:
+            what += f" {'for' if run.encoder == closest.encoder else 'instead of'} {closest.encoder}"
         groups.setdefault((what, run.loss, run.train_set), []).append((run, closest))
     found = []
     for (what, loss, size), pairs in groups.items():

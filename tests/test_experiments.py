@@ -80,6 +80,22 @@ def test_real_pictures_bring_the_question_of_transfer_in_pairs():
     assert pages_of("study", "transfer", pictures="/pictures").keys() == {"real"}
 
 
+def test_a_question_that_two_pages_show_renews_both_and_trains_for_one():
+    runs = {name: list(all_runs("laptop", name)) for name in ("fig5", "decoder", "encoders")}
+    assert pages_of("laptop", "encoders").keys() == {"beyond", "fig5"} and pages_of("laptop", "rate").keys() == {
+        "beyond"
+    }
+    assert pages_of("laptop", "fig5") == {"fig5": [*runs["fig5"], *runs["decoder"], *runs["encoders"]]}
+
+
+def test_encoders_are_trained_longer_where_they_are_cut_short_and_differ_in_nothing_else():
+    assert [budget for budget in BUDGETS if "encoders" in manifest(budget)] == ["laptop"]
+    items = manifest("laptop")
+    short = {run.key: run for name in ("fig5", "decoder") for run in items[name].runs}
+    for run in items["encoders"].runs:
+        assert dataclasses.replace(run, steps=run.steps // 3).key in short and run.steps == 3 * 400
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_run_of_a_budget_finds_its_frames(budget):
     from d3lib.execution import frames_of

@@ -132,6 +132,17 @@ def test_older_code_counts_as_todays_once_enough_of_its_runs_began_alike(book, t
     assert not same_code(trained("a", "old"))  # a run of one's own is done again all the same
 
 
+def test_a_code_that_once_came_to_other_bits_is_not_vouched_for_by_ten_more(book):
+    """Also where the record that showed it has been made anew by today's code."""
+    made_anew = trained("3", code_digest(*TRAINING_CODE))
+    more = [r for r in TEN if r["key"] != "3"] + [trained(str(i), "old") for i in range(10, 20)]
+    elsewhere = trained("a", "old", encoder="densenet121")
+    vouch(book, [*more, elsewhere], kept=[*more, made_anew, elsewhere])
+    assert is_current(trained("b", "old")) and is_current(elsewhere)
+    vouch(book, [*TEN, *more, elsewhere], kept=[*more, made_anew, elsewhere], **{"3": {"weights_digest": "v"}})
+    assert not is_current(trained("b", "old")) and not is_current(elsewhere)
+
+
 def test_of_a_kind_with_fewer_records_all_must_begin_alike(book):
     few = TEN[:4]
     vouch(book, few[:3], kept=few)
