@@ -361,7 +361,7 @@ def _status(options: argparse.Namespace) -> None:
 
 def _keep(options: argparse.Namespace) -> None:
     from d3lib.artefacts import atomic_write
-    from d3lib.records import BOOK, State, keep_records, published, read_record
+    from d3lib.records import BOOK, PICTURES, State, keep_pictures, keep_records, published, read_record
     from d3lib.results import runs_of
     from d3lib.scoring import baselines_path
 
@@ -375,6 +375,9 @@ def _keep(options: argparse.Namespace) -> None:
         if (file := baselines_path(run, place)).is_file():
             with atomic_write(baselines_path(published(run), BOOK / options.budget)) as copy:
                 copy.write(file.read_text(encoding="utf-8"))
+    for key, run in runs_of(options.budget, options.out, "fig4").items():
+        if run.seed == 0 and key in done and (place / key / PICTURES).is_file():
+            keep_pictures(place / key, BOOK / options.budget / key)
     print(f"{path}: {count} records, {len(done)} of them from {place}")
 
 

@@ -11,11 +11,15 @@ import os
 import platform
 import random
 import statistics
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from d3lib.artefacts import PROJECT, atomic_write, canonical_json, digest_json, read_json, unwrap, wrap, write_json
 from d3lib.errors import UserError
@@ -24,7 +28,7 @@ from d3lib.intervals import converged
 from d3lib.provenance import TRAINING_CODE, code_digest
 
 RECORD, RECORD_VERSION = "d3lib-record", 1
-STATE = "d3lib-state"
+STATE, PICTURES = "d3lib-state", "predictions.npz"
 RERUN, VOUCHED, RERUN_ENOUGH = "d3lib-rerun", "d3lib-vouched", 10
 OUTCOMES = {
     RERUN: {"key": str, "rms_then": float, "rms_now": float, "same_weights": bool, "same_data": bool},
@@ -71,6 +75,30 @@ def keep_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:
         for key in sorted(kept):
             file.write(canonical_json(wrap(kept[key], format=RECORD, version=RECORD_VERSION)) + "\n")
     return len(kept)
+
+
+def keep_pictures(folder: Path, place: Path) -> None:
+    """Give `place`, a part of the book, the first test pictures of the run in `folder` and its depth of them.
+
+    The run's worst pictures stay behind. Raises `UserError` if the file is damaged.
+    """
+    found = read_pictures(folder)
+    with atomic_write(place / PICTURES, "wb") as file:
+        np.savez_compressed(file, **{name: values[~found["worst"]] for name, values in found.items()})
+
+
+def read_pictures(folder: Path) -> dict[str, np.ndarray]:
+    """A few test pictures of the run in `folder`, n of them at network size.
+
+    Returns rgb (n, 3, H, W) uint8, depth and pred (n, 1, H, W) float16 in metres, valid (n, 1, H, W), index and worst
+    (n,): place in the test set, and whether it is there as one of the worst. Raises `UserError` if they are damaged.
+    """
+    path = folder / PICTURES
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return {name: kept[name] for name in ("rgb", "depth", "valid", "pred", "index", "worst")}
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete its run's folder and do the run again") from error
 
 
 def published(run: Run) -> Run:

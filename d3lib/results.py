@@ -13,10 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from d3lib.artefacts import read_json
 from d3lib.experiments import BUDGETS, Run, all_runs, make_run, manifest
 from d3lib.intervals import prediction_interval
-from d3lib.records import BOOK, State, but_for_seed, committed_records, is_current, read_record
+from d3lib.records import (
+    BOOK,
+    PICTURES,
+    State,
+    but_for_seed,
+    committed_records,
+    is_current,
+    read_pictures,
+    read_record,
+)
 from d3lib.scoring import baselines_path
 
 REFERENCE = Path(__file__).resolve().parent / "reference" / "paper_results.csv"
@@ -114,6 +125,13 @@ def what_stands_behind(budget: str, out: Path, only: str) -> str:
     elif any(not is_current(record) for record in done):
         text += "Some records were made by an older version of the training code."
     return text
+
+
+def load_pictures(budget: str, out: Path, key: str) -> dict[str, np.ndarray] | None:
+    """A few test pictures of the run whose record `load_records` gives (see `read_pictures`); None if none are kept."""
+    ours = out / budget / key
+    place = ours if (ours / "record.json").is_file() else BOOK / budget / key
+    return read_pictures(place) if (place / PICTURES).is_file() else None
 
 
 def load_baselines(budget: str, out: Path, item: str = "fig2") -> dict[str, dict[str, Any]]:
