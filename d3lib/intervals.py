@@ -10,7 +10,8 @@ import functools
 import itertools
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,13 @@ class Flatness:
     change: float | None  # in the last fifth of the run, relative: -0.03 is a fall by 3 %; None: too few points
     converged: bool | None  # None: too few points to say
 
+    @property
+    def course(self) -> str:
+        """falling, flat or rising, by `FLAT`, or unknown. A curve that rises is restless, or its network overfits."""
+        if self.change is None:
+            return "unknown"
+        return "falling" if not self.converged else "rising" if self.change >= FLAT else "flat"
+
 
 def t_interval(values: Sequence[float]) -> Interval:
     """Student's t interval of a mean and its p value; of fewer than two values, infinite."""
@@ -81,6 +89,28 @@ def paired_interval(first: Mapping[Hashable, float], second: Mapping[Hashable, f
     if not seeds:
         raise ValueError("the two have no seed in common")
     return t_interval([first[seed] - second[seed] for seed in seeds])
+
+
+def against_others(changes: Mapping[str, Mapping[Hashable, float]]) -> dict[str, Interval]:
+    """How much more each of several things changed than the mean of the others, with t intervals over shared seeds.
+
+    What changes all of them alike changes no order among them. Of two things only the first is given: the other is its
+    mirror image. Empty for fewer than two things or shared seeds.
+
+    Args:
+        changes: for each thing its change by seed.
+    """
+    seeds = set.intersection(*map(set, changes.values())) if changes else set()
+    if len(changes) < 2 or len(seeds) < 2:
+        return {}
+    asked = list(changes)[: None if len(changes) > 2 else 1]
+    others = {name: [changes[other] for other in changes if other != name] for name in asked}
+    return {
+        name: t_interval(
+            [changes[name][s] - statistics.fmean(other[s] for other in others[name]) for s in sorted(seeds)]
+        )
+        for name in asked
+    }
 
 
 def prediction_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -214,6 +244,14 @@ def converged(curve: Sequence[Mapping[str, Any]]) -> Flatness:
     slope = np.polyfit(images - images.mean(), values, 1)[0]  # metres an image
     change = float(slope * curve[-1]["images"] / 5 / values.mean())
     return Flatness(change, change > -FLAT)
+
+
+def courses(curves: Iterable[Sequence[Mapping[str, Any]]]) -> str:
+    """How many learning curves end in which `Flatness.course`, in words: "3 falling, 1 flat, 2 rising"."""
+    counts = Counter(converged(curve).course for curve in curves)
+    return ", ".join(
+        f"{counts[course]} {course}" for course in ("falling", "flat", "rising", "unknown") if counts[course]
+    )
 
 
 def images_to_reach(curve: Sequence[Mapping[str, Any]], factor: float = 1.05) -> float | None:

@@ -249,6 +249,7 @@ class Contrast:
     train_set: str
     values: tuple[float, ...]  # with the change, one per seed
     differences: tuple[float, ...]  # from the same seed without it
+    seeds: tuple[int, ...]  # of the differences
 
 
 def contrasts(budget: str, out: Path, item: str, metric: str = "rms") -> list[Contrast]:
@@ -270,8 +271,8 @@ def contrasts(budget: str, out: Path, item: str, metric: str = "rms") -> list[Co
     for (what, loss, size), pairs in groups.items():
         scored = [[score(r, metric) if (r := records.get(run.key)) else None for run in pair] for pair in pairs]
         values = tuple(a for a, _ in scored if a is not None)
-        differences = tuple(a - b for a, b in scored if a is not None and b is not None)
-        found.append(Contrast(what, loss, size, values, differences))
+        both = {run.seed: a - b for (run, _), (a, b) in zip(pairs, scored, strict=True) if None not in (a, b)}
+        found.append(Contrast(what, loss, size, values, tuple(both.values()), tuple(both)))
     return found
 
 

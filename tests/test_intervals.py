@@ -11,9 +11,11 @@ from scipy import stats
 
 from d3lib.intervals import (
     Interval,
+    against_others,
     area_under,
     bootstrap_scenes,
     converged,
+    courses,
     holm,
     images_to_reach,
     kendall_tau,
@@ -215,6 +217,35 @@ def test_a_curve_that_still_falls_by_two_percent_a_fifth_has_not_converged():
     assert ours.change == pytest.approx(-0.2 / 1.15)  # the mean of the last five points is 1.15
     assert converged(curve([2.0 - 0.1 * min(k, 9) for k in range(20)])).converged is True
     assert converged(curve([1.0] * 15 + [1.0, 1.1, 1.2, 1.3, 1.4])).converged is True
+
+
+def test_what_changes_all_alike_changes_nothing_against_the_others():
+    alike = {name: {seed: 0.25 * seed - 1 for seed in range(4)} for name in "abc"}
+    found = against_others(alike)
+    assert set(found) == set("abc") and not any(interval.mean or interval.separated for interval in found.values())
+    changes = {"a": {0: 1.0, 1: 1.25, 2: 9.0}, "b": {0: 0.0, 1: 0.5}, "c": {1: -0.5, 0: 0.5}}
+    found = against_others(changes)
+    assert found["a"] == t_interval([1.0 - 0.25, 1.25 - 0.0]) and found["b"] == t_interval([0 - 0.75, 0.5 - 0.375])
+    pair = {name: changes[name] for name in "ab"}
+    assert against_others(pair) == {"a": t_interval([1.0, 0.75])}  # the other says the same
+    assert (
+        against_others({})
+        == against_others({"a": changes["a"]})
+        == against_others({"a": {0: 1.0}, "b": {1: 1.0}})
+        == {}
+    )
+
+
+def test_a_curve_that_does_not_fall_may_still_rise():
+    def ends(change):
+        return curve([*[1.0] * 15, *(1 + change * k / 4 for k in range(5))])
+
+    slopes = {change: converged(ends(change)).change for change in (-0.1, -0.01, 0, 0.01, 0.1)}
+    assert all(np.sign(slope) == np.sign(change) for change, slope in slopes.items())
+    named = {change: converged(ends(change)).course for change in slopes}
+    assert named == {-0.1: "falling", -0.01: "flat", 0: "flat", 0.01: "flat", 0.1: "rising"}
+    assert courses([*map(ends, slopes), [], ends(0.1)]) == "1 falling, 3 flat, 2 rising, 1 unknown"
+    assert courses([]) == ""
 
 
 @pytest.mark.parametrize(("fall", "answer"), [(0.019, True), (0.021, False)])
