@@ -91,6 +91,23 @@ def paired_interval(first: Mapping[Hashable, float], second: Mapping[Hashable, f
     return t_interval([first[seed] - second[seed] for seed in seeds])
 
 
+def folds_interval(values: Sequence[float], ratio: float) -> Interval:
+    """t interval of a mean over the k folds of a cross-validation, widened as they share training pictures.
+
+    The variance of the mean is taken as (1/k + `ratio`) s² with `ratio` = pictures tested / trained on in a fold
+    (Nadeau and Bengio, 2003). Of fewer than two values, infinite.
+    """
+    plain = t_interval(values)
+    if plain.half_width is None:
+        return plain
+    from scipy.special import stdtr
+
+    wider = math.sqrt(1 + plain.n * ratio)
+    half, error = wider * plain.half_width, wider * statistics.stdev(values) / math.sqrt(plain.n)
+    p = float(2 * stdtr(plain.n - 1, -abs(plain.mean) / error)) if error else plain.p
+    return Interval(plain.mean, plain.mean - half, plain.mean + half, plain.n, p)
+
+
 def against_others(changes: Mapping[str, Mapping[Hashable, float]]) -> dict[str, Interval]:
     """How much more each of several things changed than the mean of the others, with t intervals over shared seeds.
 

@@ -16,6 +16,7 @@ from d3lib.intervals import (
     bootstrap_scenes,
     converged,
     courses,
+    folds_interval,
     holm,
     images_to_reach,
     kendall_tau,
@@ -217,6 +218,17 @@ def test_a_curve_that_still_falls_by_two_percent_a_fifth_has_not_converged():
     assert ours.change == pytest.approx(-0.2 / 1.15)  # the mean of the last five points is 1.15
     assert converged(curve([2.0 - 0.1 * min(k, 9) for k in range(20)])).converged is True
     assert converged(curve([1.0] * 15 + [1.0, 1.1, 1.2, 1.3, 1.4])).converged is True
+
+
+def test_folds_that_share_training_pictures_have_the_wider_interval_of_nadeau_and_bengio():
+    values, ratio = np.array([0.5, 0.7, 0.4, 0.9, 0.6]), 0.3
+    found = folds_interval(list(values), ratio)
+    half = 2.7764451 * math.sqrt((1 / 5 + ratio) * values.var(ddof=1))  # t(0.975, 4)
+    assert [found.low, found.high] == pytest.approx([values.mean() - half, values.mean() + half], rel=1e-6)
+    edge = folds_interval(list(values - found.low), ratio)  # its own interval ends at zero: so p is 0.05
+    assert edge.low == pytest.approx(0, abs=1e-9) and edge.p == pytest.approx(0.05)
+    assert folds_interval(list(values), 0) == t_interval(list(values))
+    assert folds_interval([0.5], ratio).half_width is None and folds_interval([0.5, 0.5], ratio).p == 0
 
 
 def test_what_changes_all_alike_changes_nothing_against_the_others():
