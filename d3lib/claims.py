@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3lib.experiments import LOSSES, TRAIN_SETS, make_run
+from d3lib.experiments import BUDGETS, LOSSES, TRAIN_SETS, make_run
 from d3lib.intervals import (
     Interval,
     area_under,
@@ -101,7 +101,10 @@ MEASURES: Mapping[str, Measure] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the study: runs of the budget's own settings but for what is named here, of any seed."""
+    """A cell of the study: runs of the budget's own settings but for what is named here, of any seed.
+
+    Where an encoder is named, the settings are those that the budget has for comparing encoders.
+    """
 
     loss: str
     train_set: str = "12k"
@@ -112,15 +115,15 @@ class Cell:
 
     def holds(self, run: Mapping[str, Any]) -> bool:
         """Whether a record's `run` is one of this cell; fields that an older record lacks have their defaults."""
-        own = _own_settings(run["budget"], run["data"])
+        own = _own_settings(run["budget"], run["data"], "encoder" in dict(self.changed))
         wanted = own | {"loss": self.loss, "train_set": self.train_set} | dict(self.changed)
         return {name: run.get(name, own[name]) for name in own} == wanted
 
 
 @functools.cache
-def _own_settings(budget: str, data: str) -> dict[str, Any]:
+def _own_settings(budget: str, data: str, of_encoders: bool) -> dict[str, Any]:
     """A budget's settings, less those that may differ within a cell."""
-    fields = dataclasses.asdict(make_run(budget, data=data))
+    fields = dataclasses.asdict(make_run(budget, data=data, **(BUDGETS[budget].encoders if of_encoders else {})))
     return {name: value for name, value in fields.items() if name not in FREE}
 
 
@@ -585,7 +588,7 @@ def _verdict(claim: Claim, name: str, runs: Runs, tests: Mapping[Comparison, _Te
     made = [test for test in mine if test.interval is not None]
     if len(made) < len(mine):
         text = f"{len(made)} of {len(mine)} comparisons have {MIN_SEEDS} paired seeds."
-        return answer("not tested", text if used else "No runs.")
+        return answer("not tested", text if used else "No run of those that it compares.")
     signs = [test.sign for test in mine]
     status = claim.status(signs)
     text = f"{signs.count(1)} of {len(signs)} comparison{'s' * (len(signs) > 1)} separated as claimed, "

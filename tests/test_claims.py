@@ -142,7 +142,9 @@ def test_short_budgets_test_nothing(budget):
 def test_without_records_there_is_no_source_and_a_source_without_a_claims_runs_says_so():
     assert verdicts([]) == {} and verdicts([None]) == {}
     (found,) = verdicts([record(make_run("study", loss="l1", train_set="795"))]).values()
-    assert found["large set"].status == "not tested" and found["large set"].evidence == "No runs."
+    assert (
+        found["large set"].status == "not tested" and found["large set"].evidence == "No run of those that it compares."
+    )
     assert found["more data"].evidence == "0 of 14 comparisons have 3 paired seeds."
 
 
@@ -429,3 +431,14 @@ def test_d3_nets_ranks_in_table_2_counted_by_hand():
         "d3": (6, 8),
     }
     assert paper_verdicts()["Table 2"].status == "contradicted"  # 3 of 7 metrics beat the other rows' median
+
+
+def test_encoders_are_compared_at_the_settings_that_a_budget_has_for_them():
+    runs = [run for run in all_runs("laptop", "fig5").values() if run.seed < 3]
+    assert {run.steps for run in runs} == {400} != {make_run("laptop").steps}
+    made = list(map(record, runs))
+    (found,) = verdicts(made).values()
+    assert found["DenseNet"].runs == len(runs) and "of 21 comparisons separated" in found["DenseNet"].evidence
+    longer = [record(run) for run in all_runs("laptop", "encoders").values()]
+    (again,) = verdicts([*made, *longer]).values()
+    assert again["DenseNet"] == found["DenseNet"]  # other runs than those that are compared
