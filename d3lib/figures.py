@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d3lib.experiments import LOSSES, TRAIN_SETS
+from d3lib.intervals import t_interval
 from d3lib.losses import LABELS
 from d3lib.results import PaperNumber, scores, stands_for
 
@@ -144,7 +145,7 @@ def figure2(
 
     Args:
         records: runs; those that stand for a number of Figure 2 count (`results.stands_for`). Seeds of one cell are
-            averaged, with their range as a bar.
+            averaged; of three or more the bar is the mean's 95 % interval.
         paper: the paper's numbers; those of "fig2" are drawn.
         baselines: scores by training set, drawn as grey lines in our panels.
         sizes: how many frames our sets have, for their axis.
@@ -162,10 +163,9 @@ def figure2(
             ours = {size: _values(records, number) for size, number in printed.items()}
             shown = [size for size in TRAIN_SETS if ours[size]]
             means = [float(np.mean(ours[size])) for size in shown]
-            bars = [[m - min(ours[s]), max(ours[s]) - m] for s, m in zip(shown, means, strict=True)]
-            row[1].errorbar(
-                [TRAIN_SETS.index(size) for size in shown], means, np.array(bars).reshape(-1, 2).T, capsize=3, **style
-            )
+            bars = [t_interval(ours[size]).half_width if len(ours[size]) > 2 else 0 for size in shown]
+            aside = 0.05 * (LOSSES.index(loss) - len(LOSSES) // 2)  # or seven bars would hide each other
+            row[1].errorbar([TRAIN_SETS.index(size) + aside for size in shown], means, bars, capsize=3, **style)
         for name, (text, line) in {"mean_map": ("mean map", "--"), "constant": ("constant", ":")}.items():
             heights = [_baseline(baselines, size, name, metric) for size in TRAIN_SETS]
             if None not in heights:
