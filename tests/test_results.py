@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import numpy as np
 import pytest
 
 from d3lib import results
@@ -11,7 +12,7 @@ from d3lib.artefacts import write_json
 from d3lib.errors import UserError
 from d3lib.experiments import all_runs, make_run, manifest
 from d3lib.provenance import TRAINING_CODE, code_digest
-from d3lib.records import RECORD, RECORD_VERSION, committed_records, keep_records
+from d3lib.records import RECORD, RECORD_VERSION, committed_records, keep_pictures, keep_records
 from d3lib.results import cell_status, compare, paper_numbers, score, status_text
 
 
@@ -230,3 +231,46 @@ def test_a_budget_for_nyu_takes_rooms_where_nyu_is_absent_and_says_so(tmp_path):
     assert {run.data for run in results.runs_of("paper", tmp_path).values()} == {"rooms"}
     write_json(tmp_path / "data" / "nyu-train-256x320" / "store.json", {}, format="any")
     assert {run.data for run in results.runs_of("paper", tmp_path).values()} == {"nyu"}
+
+
+def few_pictures(folder, rng, worst=(False, False, False, True), **changed):
+    """What a run keeps of its test pictures; `changed` parts instead of good ones."""
+    n = len(worst)
+    arrays = {
+        "rgb": rng.integers(0, 256, (n, 3, 8, 12), dtype=np.uint8),
+        "depth": rng.uniform(1, 9, (n, 1, 8, 12)).astype(np.float16),
+        "pred": rng.uniform(1, 9, (n, 1, 8, 12)).astype(np.float16),
+        "valid": rng.random((n, 1, 8, 12)) < 0.9,
+        "index": np.arange(n),
+        "worst": np.array(worst),
+    } | changed
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(folder / "predictions.npz", **{name: part for name, part in arrays.items() if part is not None})
+    return arrays
+
+
+def test_the_book_keeps_a_runs_first_pictures_and_shows_them_where_this_copy_has_not_run_it(tmp_path, monkeypatch):
+    rng, out, book = np.random.default_rng(0), tmp_path / "runs", tmp_path / "book"
+    monkeypatch.setattr(results, "BOOK", book)
+    made = few_pictures(tmp_path / "made", rng)
+    keep_pictures(tmp_path / "made", book / "laptop" / "key")
+    assert results.load_pictures("laptop", out, "other") is None
+    shown = results.load_pictures("laptop", out, "key")
+    assert all(np.array_equal(shown[name], made[name][:3]) and shown[name].dtype == made[name].dtype for name in made)
+    own = few_pictures(out / "laptop" / "key", rng)
+    assert np.array_equal(results.load_pictures("laptop", out, "key")["pred"], shown["pred"])  # no record: not of a run
+    (out / "laptop" / "key" / "record.json").touch()
+    assert np.array_equal(results.load_pictures("laptop", out, "key")["pred"], own["pred"])
+    (out / "laptop" / "key" / "predictions.npz").unlink()
+    assert results.load_pictures("laptop", out, "key") is None  # another run's pictures would not be its own
+
+
+@pytest.mark.parametrize("changed", [{"pred": None}, {"rgb": np.array([{"a": 1}], dtype=object)}])
+def test_damaged_or_hostile_pictures_are_one_line(tmp_path, changed):
+    few_pictures(tmp_path / "run", np.random.default_rng(0), **changed)
+    with pytest.raises(UserError, match=r"predictions\.npz: cannot be read"):
+        keep_pictures(tmp_path / "run", tmp_path / "book")
+    (tmp_path / "run" / "predictions.npz").write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(UserError, match=r"predictions\.npz: cannot be read"):
+        keep_pictures(tmp_path / "run", tmp_path / "book")
+    assert not (tmp_path / "book").exists()
