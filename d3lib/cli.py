@@ -376,8 +376,10 @@ def _keep(options: argparse.Namespace) -> None:
             with atomic_write(baselines_path(published(run), BOOK / options.budget)) as copy:
                 copy.write(file.read_text(encoding="utf-8"))
     for key, run in runs_of(options.budget, options.out, "fig4").items():
-        if run.seed == 0 and key in done and (place / key / PICTURES).is_file():
-            keep_pictures(place / key, BOOK / options.budget / key)
+        if run.seed == 0 and run.data == "rooms" and key in done:  # pictures of others are not ours to give away
+            (BOOK / options.budget / key / PICTURES).unlink(missing_ok=True)  # of the record that this one replaces
+            if (place / key / PICTURES).is_file():
+                keep_pictures(place / key, BOOK / options.budget / key)
     print(f"{path}: {count} records, {len(done)} of them from {place}")
 
 

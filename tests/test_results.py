@@ -7,8 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from d3lib import records as records_of_runs
 from d3lib import results
 from d3lib.artefacts import write_json
+from d3lib.cli import main
 from d3lib.errors import UserError
 from d3lib.experiments import all_runs, make_run, manifest
 from d3lib.provenance import TRAINING_CODE, code_digest
@@ -263,6 +265,30 @@ def test_the_book_keeps_a_runs_first_pictures_and_shows_them_where_this_copy_has
     assert np.array_equal(results.load_pictures("laptop", out, "key")["pred"], own["pred"])
     (out / "laptop" / "key" / "predictions.npz").unlink()
     assert results.load_pictures("laptop", out, "key") is None  # another run's pictures would not be its own
+
+
+def test_keep_takes_pictures_of_figure_4_with_its_records_and_leaves_none_of_an_older_one(tmp_path, monkeypatch):
+    book, out = tmp_path / "book", tmp_path / "runs"
+    for module in (records_of_runs, results):
+        monkeypatch.setattr(module, "BOOK", book)
+    (book).mkdir()
+    runs = [
+        run
+        for name in ("fig4", "reference")
+        for run in manifest("laptop")[name].runs
+        if run.loss == "l1" and run.seed < 2
+    ]
+    for run in runs:
+        made = record(1.0, **dataclasses.asdict(run)) | {"key": run.key}
+        write_json(out / "laptop" / run.key / "record.json", made, format=RECORD, version=RECORD_VERSION)
+        few_pictures(out / "laptop" / run.key, np.random.default_rng(run.seed))
+    assert main(["keep", "--budget", "laptop", "--out", str(out)]) == 0
+    first = next(run.key for run in runs if run.seed == 0 and run.train_set == "230k")
+    assert [path.parent.name for path in book.rglob("predictions.npz")] == [first]
+    assert len((book / "laptop.jsonl").read_text(encoding="utf-8").splitlines()) == len(runs) == 4
+    (out / "laptop" / first / "predictions.npz").unlink()
+    assert main(["keep", "--budget", "laptop", "--out", str(out)]) == 0
+    assert not list(book.rglob("predictions.npz"))
 
 
 @pytest.mark.parametrize("changed", [{"pred": None}, {"rgb": np.array([{"a": 1}], dtype=object)}])
