@@ -301,12 +301,12 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _convergence(curve: Sequence[Mapping[str, Any]]) -> str:
-    """Whether the learning curve had come to rest, in words."""
+def _end_of(curve: Sequence[Mapping[str, Any]]) -> str:
+    """How the learning curve ends, in words."""
     end = converged(curve)
-    if end.converged is None or end.change is None:
-        return "unknown, the curve has too few points"
-    return f"{'yes' if end.converged else 'no'}, test RMSE changed by {end.change:+.1%} in the last fifth of the run"
+    if end.change is None:
+        return "too few points to say how it ends"
+    return f"{end.course} in the end, test RMSE changed by {end.change:+.1%} in the last fifth of the run"
 
 
 def model_card(record: Mapping[str, Any]) -> str:
@@ -321,7 +321,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         f"- Trained on: {data['description']}, {run['steps']} steps of {run['batch_size']} images at "
         f"{run['height']}x{run['width']}, seed {run['seed']}; the weights of step {record['chosen_step']} did best on "
         "validation scenes.",
-        f"- Converged: {_convergence(record['curve'])}.",
+        f"- Learning curve: {_end_of(record['curve'])}.",
         f"- ImageNet weights: {'yes' if run['pretrained'] else 'no'}; started from: {run['init'] or 'random weights'}.",
         f"- Made by commit {made['commit'] or 'unknown'}{' with changes' if made['dirty'] else ''} on "
         f"{made['device']}, finished {made['finished']}; weights digest {record['weights_digest'][:16]}.",

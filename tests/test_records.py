@@ -218,7 +218,7 @@ def test_a_model_card_says_in_per_cent_how_the_run_ended_and_shows_no_number_whe
     record = json.loads(json.dumps(committed_records()[0])) | {"curve": steady}
     record["metrics"]["chosen"]["test"]["exact"]["pooled"] |= {"rms": 0.5, "rel": None, "d1": 0.25}
     card = records.model_card(record)
-    assert "Converged: no, test RMSE changed by -17.4% in the last fifth of the run." in card
+    assert "Learning curve: falling in the end, test RMSE changed by -17.4% in the last fifth of the run." in card
     assert "| 0.500 | - | 0.250 |" in card
 
 
