@@ -25,9 +25,6 @@ from d3lib.results import read_plan, source_of
 from d3lib.training import pick_compiler, pick_device
 
 SNAKEFILE = Path(__file__).resolve().parent / "workflow" / "Snakefile"
-# glibc gives memory back to the system as soon as a large tensor is freed, and asks for it again a step later.
-# Here it keeps what it has (man 3 mallopt); `d3lib bench together` tells the gain. Other C libraries ignore these.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(1 << 26)}
 NOISE = (  # lines that say nothing about the work; all else, errors above all, is passed on
     *("Assuming unrestricted", "Building DAG", "Using shell", "Provided cores", "Rules claiming", "Complete log"),
     *("Select jobs to execute", "Execute ", "Elapsed time", "Passed unknown parameter"),
@@ -123,7 +120,7 @@ def work_through(
         command = [sys.executable, "-m", "d3lib", "train", "--out", str(out), "--data-root", plan["data_root"]]
         command += ["--pictures", plan["pictures"]] if plan["pictures"] else []
         threads = str(max(1, (os.cpu_count() or 1) // count))
-        environment = {"OMP_NUM_THREADS": threads} | KEEP_MEMORY | os.environ
+        environment = {"OMP_NUM_THREADS": threads} | os.environ
         working: dict[str, subprocess.Popen[bytes]] = {}
         failed = 0
         print(f"{len(waiting)} runs to do at budget {budget} on {plan['data']}, {count} at a time", flush=True)
@@ -236,7 +233,7 @@ def _run_engine(
     command += ["--snakefile", str(snakefile), "--directory", str(place), "--configfile", str(config)]
     if cores or not profile:  # a profile says how many
         command += ["--cores", str(cores or os.cpu_count() or 1)]
-    environment = KEEP_MEMORY | os.environ | {"D3LIB_RUNS": str(out.resolve())}
+    environment = os.environ | {"D3LIB_RUNS": str(out.resolve())}
     if root := json.loads(config.read_text(encoding="utf-8")).get("data_root"):
         environment["D3LIB_DATA"] = root
     if any((place / ".snakemake" / "locks").glob("*")):  # a killed batch; ours is the only one now

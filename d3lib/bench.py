@@ -1,7 +1,8 @@
-"""How fast it is: ratios to the plain code in `d3lib.naive`, measured here and now in one process.
+"""How fast it is: ratios to the plain code in `d3lib.naive`, measured here and now.
 
 Where a baseline and ours are compared, the two run by turns (training: half the baseline before, half after ours), and
-their results must agree or there is no row.
+their results must agree or there is no row. All is done in one process, but for a baseline that runs a whole network:
+this one keeps the memory that it frees (see `d3lib.training.keep_memory`), and a plain program does not.
 """
 
 from __future__ import annotations
@@ -30,13 +31,12 @@ import torch
 
 from d3lib import naive
 from d3lib.artefacts import write_json
-from d3lib.batch import KEEP_MEMORY
 from d3lib.costs import random_batch, train_in_parts
 from d3lib.errors import UserError
-from d3lib.losses import build_loss, generator_loss
+from d3lib.losses import build_loss, generator_loss, l1_loss
 from d3lib.models import D3Net
 from d3lib.provenance import collect
-from d3lib.training import autocast, pick_compiler, pick_device, pick_precision
+from d3lib.training import autocast, keep_memory, pick_compiler, pick_device, pick_layout, pick_precision
 
 REPEATS = 5
 Row = dict[str, Any]
@@ -54,6 +54,8 @@ def bench(what: str = "all", json_path: Path | None = None, device: str = "auto"
         if name not in BENCHES:
             raise UserError(f"there is no benchmark {name!r}; choose of {', '.join(BENCHES)}, all")
     device = pick_device(device)
+    if device == "cpu":
+        keep_memory()  # from the start, or the order of the benchmarks would matter
     machine = collect("d3lib.bench", device=device) | {"native_bf16": _native_bf16(device)}
     print(f"{machine['device']}, {'with' if machine['native_bf16'] else 'no'} native bfloat16, ", end="")
     print(f"{machine['threads']} threads, torch {machine['versions'].get('torch')}", flush=True)
@@ -172,7 +174,7 @@ def _bench_loss(device: str) -> Iterator[Row]:
     calls = 20  # in a row, as a step leaves caches and allocator; on a GPU one alone is shorter than the clock's cost
 
     def gan(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return generator_loss(logits) + 20 * build_loss("l1")(pred, target, mask)
+        return generator_loss(logits) + 20 * l1_loss(pred, target, mask)
 
     def naive_gan(pred: torch.Tensor, target: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         ones = torch.ones_like(logits)
@@ -222,37 +224,48 @@ def _bench_train(device: str) -> Iterator[Row]:
     from d3lib.data.loader import train_batches
     from d3lib.data.shards import open_store, write_store
 
-    on_gpu, size, repeats = device.startswith("cuda"), (256, 320), 4
+    on_gpu, size = device.startswith("cuda"), (256, 320)
+    repeats = 4 if on_gpu else 6
     steps, workers = (30, min(os.cpu_count() or 1, 8)) if on_gpu else (1, 0)  # a step takes a CPU seconds
     pictures = _pictures(size)
-    with tempfile.TemporaryDirectory() as place:
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory())
         naive.save_pictures(Path(place), pictures)
         write_store(Path(place) / "store", [pictures], source={"kind": "rooms"})
         store = open_store(Path(place) / "store", in_memory=True)
-        plain_net = D3Net(seed=0).to(device)
-        files = naive.batches(naive.Pictures(Path(place), 32), 8, workers, device)
         sample = pictures["rgb"][:8].to(device) / 255
         with torch.no_grad():
-            expected = plain_net.eval()(sample).float().cpu()
-        optimiser = torch.optim.Adam(plain_net.parameters(), lr=2e-4, betas=(0.5, 0.999))
-        baseline = partial(naive.train, plain_net, optimiser, files, steps)
+            expected = D3Net(seed=0).to(device).eval()(sample).float().cpu()
+        alone = stack.enter_context(_processes(1, partial(_train_naively, place, workers, device), {}))
+        baseline = lambda: alone.submit(_train_naively, place, workers, device, steps).result()  # noqa: E731
         for precision, tolerance in _tolerances(device).items():
-            net = D3Net(seed=0).to(device, memory_format=torch.channels_last)
+            net = D3Net(seed=0).to(device, memory_format=pick_layout(device, precision, size))
             with torch.no_grad(), autocast(device, precision):
                 _agree(f"D3-Net in {precision}", net.eval()(sample).float().cpu(), expected, tolerance)
             source = train_batches(store, frames=None, batch_size=8, seed=0, device=device)
             cached = itertools.cycle([next(source) for _ in range(2)])
             options = {"device": device, "precision": precision, "compiler": pick_compiler(device)}
-            baseline()
-            before = [_seconds(baseline) for _ in range(repeats // 2)]
+            before = [baseline() for _ in range(repeats // 2)]
             from_store, from_memory = (
                 train_in_parts(net, batches, repeats + 1, steps, **options)[1] for batches in (source, cached)
             )
-            plain = before + [_seconds(baseline) for _ in range(repeats // 2)]
+            plain = before + [baseline() for _ in range(repeats // 2)]
             name = f"train D3-Net 8x{size[0]}x{size[1]}, {precision}"
             yield _row(f"{name}: naive / ours", "x", _ratios(plain, from_store))
             lost = [100 * (ratio - 1) for ratio in _ratios(from_store, from_memory)]
             yield _row(f"{name}: waiting for pictures", "%", lost)
+
+
+def _train_naively(place: str, workers: int, device: str, steps: int) -> float:
+    """Seconds of so many more steps of the tutorials' training on the pictures in `place`."""
+    return _seconds(partial(naive.train, *_tutorial(place, workers, device), steps))
+
+
+@functools.cache
+def _tutorial(place: str, workers: int, device: str) -> tuple[D3Net, torch.optim.Optimizer, Iterator[Any]]:
+    net = D3Net(seed=0).to(device)
+    optimiser = torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    return net, optimiser, naive.batches(naive.Pictures(Path(place), 32), 8, workers, device)
 
 
 def _ratios(ones: Sequence[float], others: Sequence[float]) -> list[float]:
@@ -264,7 +277,7 @@ def _train(
 ) -> tuple[list[float], list[float]]:
     """`train_in_parts` of a new network on one random batch of 8 pictures of `size` (H, W), in four parts."""
     batch = random_batch(8, size, device)
-    net = D3Net(encoder, seed=0).to(device, memory_format=torch.channels_last)
+    net = D3Net(encoder, seed=0).to(device, memory_format=pick_layout(device, precision, size))
     options = {"device": device, "precision": precision, "compiler": compiler}
     return train_in_parts(net, itertools.repeat(batch), 4, steps, **options)
 
@@ -370,9 +383,9 @@ def _bench_together(device: str) -> Iterator[Row]:
         yield _versus(f"{count} runs of tiny on {where}", one_at_a_time, at_once, 3, "one at a time / at once")
         if on_gpu:
             return
-        with _processes(count, work, KEEP_MEMORY) as keeping:
-            kept = lambda: list(keeping.map(work, [max(1, cores // count)] * count))  # noqa: E731
-            yield _versus(f"{count} runs of tiny at once", at_once, kept, what="freed memory given back / kept")
+        with _processes(count, work, {"D3LIB_KEEP_MEMORY": "0"}) as giving:
+            given = lambda: list(giving.map(work, [max(1, cores // count)] * count))  # noqa: E731
+            yield _versus(f"{count} runs of tiny at once", given, at_once, what="freed memory given back / kept")
 
 
 @contextlib.contextmanager
@@ -402,18 +415,28 @@ def _bench_infer(device: str) -> Iterator[Row]:
     """Depth of one picture after another at 256x320, as `d3lib predict` and scoring do it."""
     from d3lib.evaluation import as_predictor
 
+    predict, sample = _plain_predictor(device)
+    expected = predict().cpu()
+    with _processes(1, partial(_predict_naively, device), {}) as alone:
+        for precision, tolerance in _tolerances(device).items():
+            net = D3Net(seed=0).to(device, memory_format=torch.channels_last)
+            ours = partial(as_predictor(net, device, precision), sample)
+            _agree(f"inference in {precision}", ours().cpu(), expected, tolerance)
+            pairs = [(alone.submit(_predict_naively, device).result(), _seconds(ours)) for _ in range(REPEATS)]
+            yield _row(f"infer D3-Net 8x256x320, {precision}: naive / ours", "x", _ratios(*zip(*pairs, strict=True)))
+
+
+def _predict_naively(device: str, times: int = 1) -> float:
+    """Seconds of one prediction as the tutorials do it."""
+    return _seconds(partial(_often, times, _plain_predictor(device)[0]))
+
+
+@functools.cache
+def _plain_predictor(device: str) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+    """What predicts depth of 8 pictures (8, 3, 256, 320), and they."""
     sample = torch.rand((8, 3, 256, 320), generator=torch.Generator().manual_seed(0)).to(device)
-    plain = D3Net(seed=0).to(device).eval()
-
-    def baseline() -> torch.Tensor:
-        with torch.no_grad():
-            return plain(sample)
-
-    for precision, tolerance in _tolerances(device).items():
-        net = D3Net(seed=0).to(device, memory_format=torch.channels_last)
-        ours = partial(as_predictor(net, device, precision), sample)
-        _agree(f"inference in {precision}", ours().cpu(), baseline().cpu(), tolerance)
-        yield _versus(f"infer D3-Net 8x256x320, {precision}", baseline, ours)
+    net = D3Net(seed=0).to(device).eval()
+    return torch.no_grad()(partial(net, sample)), sample
 
 
 def _bench_eval(device: str) -> Iterator[Row]:

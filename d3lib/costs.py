@@ -24,7 +24,7 @@ from d3lib.models import D3Net, PatchDiscriminator
 from d3lib.provenance import TRAINING_CODE, code_digest, device_name
 from d3lib.records import read_record
 from d3lib.results import choice_of
-from d3lib.training import Batch, fit, pick_compiler, pick_device, pick_precision
+from d3lib.training import Batch, fit, pick_compiler, pick_device, pick_layout, pick_precision
 
 ENOUGH = 1.0  # seconds of timed steps, after one step that warms up
 START = 10.0  # seconds to start a run's process and notebook, and to write its results
@@ -35,7 +35,8 @@ def measure(run: Run, device: str) -> dict[str, float]:
     batch = random_batch(run.batch_size, (run.height, run.width), device)
     precision = pick_precision(run.precision, device)
     plain = dataclasses.replace(run, pretrained=False, init="")  # weights change no time
-    net = build_network(plain).to(device, memory_format=torch.channels_last)
+    layout = pick_layout(device, precision, (run.height, run.width))
+    net = build_network(plain).to(device, memory_format=layout)
     adversary = PatchDiscriminator(ndf=run.ndf).to(device) if run.loss == "gan" else None
 
     def train(steps: int) -> float:

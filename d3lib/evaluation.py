@@ -15,7 +15,7 @@ from d3lib.details import Details
 from d3lib.errors import UserError
 from d3lib.metrics import DepthMetrics, Protocol
 from d3lib.models import D3Net
-from d3lib.training import autocast
+from d3lib.training import autocast, keep_memory
 
 MAX_SIDE = 4096  # pixels; no network here was trained at more
 Predictor = Callable[[Tensor], Tensor]
@@ -24,6 +24,8 @@ Scores = dict[str, dict[str, float | None]]
 
 def as_predictor(net: nn.Module, device: str = "cpu", precision: str = "float32") -> Predictor:
     """A function RGB float (B, 3, H, W) in [0, 1] → float32 metres (B, 1, H, W) that runs `net` for evaluation."""
+    if device == "cpu":
+        keep_memory()
 
     def predict(rgb: Tensor) -> Tensor:
         net.eval()
@@ -138,4 +140,4 @@ def load_network(path: str | Path, device: str = "cpu") -> tuple[D3Net, dict[str
     except (RuntimeError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"{path}: the weights do not fit D3-Net with {metadata['encoder']}: {line}") from error
-    return net.to(device).eval(), metadata
+    return net.to(device, memory_format=torch.channels_last).eval(), metadata

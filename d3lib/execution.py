@@ -51,7 +51,7 @@ from d3lib.losses import L1_WEIGHT, build_loss
 from d3lib.metrics import Protocol
 from d3lib.models import D3Net, PatchDiscriminator
 from d3lib.records import RECORD, RECORD_VERSION, State, model_card, read_record
-from d3lib.training import DivergedError, fit, pick_compiler, pick_device, pick_precision
+from d3lib.training import DivergedError, fit, pick_compiler, pick_device, pick_layout, pick_precision
 
 EVAL_BATCH = 16  # images predicted at once
 CURVE_FRAMES = 64  # frames of a set that a point of the learning curve is computed on
@@ -326,7 +326,7 @@ def _train_and_score(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     precision, compiler = pick_precision(run.precision, device), pick_compiler(device)
-    net = net.to(device, memory_format=torch.channels_last)
+    net = net.to(device, memory_format=pick_layout(device, precision, (run.height, run.width)))
     adversary = PatchDiscriminator(ndf=run.ndf, seed=run.seed).to(device) if run.loss == "gan" else None
 
     closely = Closely()  # at the newest predictions of the whole test set

@@ -1,16 +1,12 @@
 """The batch: a budget's runs with the engine and without it."""
 
 import dataclasses
-import os
-import platform
 import re
-import subprocess
-import sys
 
 import pytest
 
 from d3lib.artefacts import locked
-from d3lib.batch import KEEP_MEMORY, reproduce, work_through
+from d3lib.batch import reproduce, work_through
 from d3lib.cli import main
 from d3lib.errors import UserError
 from d3lib.experiments import all_runs, manifest
@@ -86,19 +82,3 @@ def test_a_run_by_its_key_gives_the_bytes_of_the_run_by_its_fields(tmp_path):
     assert a["metrics"] == b["metrics"] and a["details"] == b["details"]
     assert main(["train", "--run", key, "--seed", "1"]) == 2
     assert main(["train", "--run", "l9-x"]) == 2
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc knows these settings")
-def test_a_run_is_given_memory_once_and_not_each_time_it_frees_some():
-    code = """
-import resource
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    b"x" * (1 << 26)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    default, kept = (
-        int(subprocess.run([sys.executable, "-c", code], env=os.environ | more, capture_output=True, check=True).stdout)
-        for more in ({}, KEEP_MEMORY)
-    )
-    assert kept < default / 4

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Every module may import its own layer and those before it. The first layer is everybody's.
 LAYERS = [
-    {"errors", "artefacts", "provenance"},
+    {"errors", "artefacts", "provenance", "masks"},
     {"data", "losses", "metrics", "details", "models"},
     {"distributed"},
     {"training", "evaluation", "baselines"},
@@ -33,7 +33,7 @@ LAYERS = [
     {"predict", "bench", "naive"},
     {"cli", "__main__"},
 ]
-TENSORS_ONLY = {"losses", "metrics", "models"}
+TENSORS_ONLY = {"losses", "masks", "metrics", "models"}
 
 
 def library() -> list[Path]:

@@ -1,6 +1,10 @@
 """The training loop: it learns, it repeats itself, it resumes, and it says when it diverges."""
 
 import contextlib
+import os
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ import torch
 from d3lib.errors import StoppedError, UserError
 from d3lib.losses import build_loss
 from d3lib.models import D3Net, PatchDiscriminator
-from d3lib.training import Adversary, DivergedError, fit, pick_compiler, pick_precision
+from d3lib.training import Adversary, DivergedError, fit, pick_compiler, pick_layout, pick_precision
 
 
 def scene_batch(count=2, height=64, width=96, seed=0):
@@ -346,3 +350,66 @@ def test_several_processes_record_no_graphs(monkeypatch):
     monkeypatch.setenv("D3LIB_COMPILE", "graphs")
     with pytest.raises(UserError, match="a single process"):
         pick_compiler("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "device", "precision", "size", "contiguous"),
+    [
+        ("AVX2", "cpu", "float32", (256, 320), True),
+        ("AVX2", "cpu", "float32", (96, 128), False),
+        ("AVX2", "cpu", "bf16", (256, 320), False),
+        ("AVX2", "cuda", "float32", (256, 320), False),
+        ("AVX512", "cpu", "float32", (256, 320), False),
+        ("DEFAULT", "cpu", "float32", (256, 320), False),
+    ],
+)
+def test_tensors_lie_channels_last_but_where_that_is_slow(monkeypatch, capability, device, precision, size, contiguous):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert (pick_layout(device, precision, size) == torch.contiguous_format) is contiguous
+
+
+def test_both_layouts_are_near_to_the_loss_and_gradient_of_float64():
+    batch = scene_batch()
+
+    def backwards(net):
+        rgb, depth = (batch[name].to(net.decoder.last.weight.dtype) for name in ("rgb", "depth"))
+        loss = build_loss("l1")(net(rgb), depth, batch["valid"])
+        gradient = torch.autograd.grad(loss, list(net.parameters()))
+        return float(loss.detach()), np.concatenate([g.double().numpy().ravel() for g in gradient])
+
+    loss, gradient = backwards(D3Net("tiny", seed=0).double())
+    errors = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        net = D3Net("tiny", seed=0).to(memory_format=layout)
+        assert net.decoder.blocks[0][3].weight.is_contiguous(memory_format=layout)
+        found, slope = backwards(net)
+        assert found == pytest.approx(loss, rel=1e-5)
+        errors.append(np.linalg.norm(slope - gradient) / np.linalg.norm(gradient))
+    # Channels last, PyTorch sums a batch normalisation's channels in plain float32, and ReLUs near 0 open or close.
+    assert errors[0] < 1e-3 and errors[1] < 0.05
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told so")
+@pytest.mark.parametrize(
+    "work", ["fit(D3Net('tiny', seed=0), l1_loss, batches, steps=1)", "as_predictor(D3Net('tiny'))"]
+)
+def test_a_process_that_trains_or_predicts_is_given_memory_once_and_not_each_time_it_frees_some(work):
+    code = f"""
+import resource, torch
+from d3lib.evaluation import as_predictor
+from d3lib.losses import l1_loss
+from d3lib.models import D3Net
+from d3lib.training import fit
+batch = {{"rgb": torch.rand(2, 3, 64, 64), "depth": torch.ones(2, 1, 64, 64), "valid": torch.ones(2, 1, 64, 64) > 0}}
+batches = lambda start: iter([batch] * 2)
+{work}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.zeros(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", code], env=os.environ | more, capture_output=True, check=True).stdout)
+        for more in ({}, {"D3LIB_KEEP_MEMORY": "0"})
+    )
+    assert kept < given_back / 4
