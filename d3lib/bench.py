@@ -1,8 +1,8 @@
 """How fast it is: ratios to the plain code in `d3lib.naive`, measured here and now.
 
 Where a baseline and ours are compared, the two run by turns (training: half the baseline before, half after ours), and
-their results must agree or there is no row. All is done in one process, but for a baseline that runs a whole network:
-this one keeps the memory that it frees (see `d3lib.training.keep_memory`), and a plain program does not.
+their results must agree or there is no row. All is done in one process, but for a baseline that runs a whole network
+on a CPU: this one keeps the memory that it frees (see `d3lib.training.keep_memory`), and a plain program does not.
 """
 
 from __future__ import annotations
@@ -236,8 +236,8 @@ def _bench_train(device: str) -> Iterator[Row]:
         sample = pictures["rgb"][:8].to(device) / 255
         with torch.no_grad():
             expected = D3Net(seed=0).to(device).eval()(sample).float().cpu()
-        alone = stack.enter_context(_processes(1, partial(_train_naively, place, workers, device), {}))
-        baseline = lambda: alone.submit(_train_naively, place, workers, device, steps).result()  # noqa: E731
+        naively = stack.enter_context(_plain(partial(_train_naively, place, workers, device), device))
+        baseline = partial(naively, steps)
         for precision, tolerance in _tolerances(device).items():
             net = D3Net(seed=0).to(device, memory_format=pick_layout(device, precision, size))
             with torch.no_grad(), autocast(device, precision):
@@ -245,6 +245,7 @@ def _bench_train(device: str) -> Iterator[Row]:
             source = train_batches(store, frames=None, batch_size=8, seed=0, device=device)
             cached = itertools.cycle([next(source) for _ in range(2)])
             options = {"device": device, "precision": precision, "compiler": pick_compiler(device)}
+            baseline()
             before = [baseline() for _ in range(repeats // 2)]
             from_store, from_memory = (
                 train_in_parts(net, batches, repeats + 1, steps, **options)[1] for batches in (source, cached)
@@ -376,7 +377,7 @@ def _bench_together(device: str) -> Iterator[Row]:
     if count == 1:
         return
     work = partial(_small_run, device, steps)
-    with _processes(count, work, {}) as pool:
+    with _processes(count, work, {"D3LIB_KEEP_MEMORY": "1"}) as pool:
         one_at_a_time = lambda: [list(pool.map(work, [cores])) for _ in range(count)]  # noqa: E731 - beside the other
         at_once = lambda: list(pool.map(work, [max(1, cores // count)] * count))  # noqa: E731
         where = "one GPU" if on_gpu else f"{cores} cores"
@@ -405,6 +406,16 @@ def _processes(
         yield pool
 
 
+@contextlib.contextmanager
+def _plain(work: Callable[[int], float], device: str) -> Iterator[Callable[[int], float]]:
+    """`work` in a process of its own, with memory as a plain program has it; on a GPU, where torch keeps it, here."""
+    if device.startswith("cuda"):
+        yield work
+        return
+    with _processes(1, work, {}) as pool:
+        yield lambda times: pool.submit(work, times).result()
+
+
 def _small_run(device: str, steps: int, threads: int) -> None:
     """Four times so many steps of a `laptop` run's size, with so many threads."""
     torch.set_num_threads(threads)
@@ -415,19 +426,20 @@ def _bench_infer(device: str) -> Iterator[Row]:
     """Depth of one picture after another at 256x320, as `d3lib predict` and scoring do it."""
     from d3lib.evaluation import as_predictor
 
-    predict, sample = _plain_predictor(device)
+    predict, sample = _plain_predictor.__wrapped__(device)
     expected = predict().cpu()
-    with _processes(1, partial(_predict_naively, device), {}) as alone:
+    with _plain(partial(_predict_naively, device), device) as naively:
         for precision, tolerance in _tolerances(device).items():
             net = D3Net(seed=0).to(device, memory_format=torch.channels_last)
             ours = partial(as_predictor(net, device, precision), sample)
             _agree(f"inference in {precision}", ours().cpu(), expected, tolerance)
-            pairs = [(alone.submit(_predict_naively, device).result(), _seconds(ours)) for _ in range(REPEATS)]
+            naively(1), ours()
+            pairs = [(naively(1), _seconds(ours)) for _ in range(REPEATS)]
             yield _row(f"infer D3-Net 8x256x320, {precision}: naive / ours", "x", _ratios(*zip(*pairs, strict=True)))
 
 
-def _predict_naively(device: str, times: int = 1) -> float:
-    """Seconds of one prediction as the tutorials do it."""
+def _predict_naively(device: str, times: int) -> float:
+    """Seconds of so many predictions as the tutorials do it."""
     return _seconds(partial(_often, times, _plain_predictor(device)[0]))
 
 

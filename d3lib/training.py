@@ -397,11 +397,11 @@ def _load_checkpoint(
         raise UserError(f"{path}: belongs to another run or other training code; delete it to start afresh")
     try:
         net.load_state_dict(state["net"])
-        optimiser.load_state_dict(state["optimiser"])
+        _load_optimiser(optimiser, state["optimiser"])
         scaler.load_state_dict(state["scaler"])
         if opponent is not None:
             opponent.net.load_state_dict(state["adversary"])
-            opponent.optimiser.load_state_dict(state["adversary_optimiser"])
+            _load_optimiser(opponent.optimiser, state["adversary_optimiser"])
         found, step = Trace(**state["trace"]), int(state["step"])
         numbers = found.best_step + found.best_error + found.seconds
         if step < 0 or math.isnan(numbers) or (type(found.curve), type(found.best_weights)) != (list, dict):
@@ -410,6 +410,19 @@ def _load_checkpoint(
         return step
     except Exception as error:  # names, shapes or types that are not those of this run
         raise UserError(f"{path}: does not fit this network; delete it to start this run afresh") from error
+
+
+def _load_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore an optimiser, its moments lying in memory as its parameters do here.
+
+    Another machine may have had another layout (`pick_layout`), and fused Adam takes numbers in the order in which they
+    lie, without asking.
+    """
+    optimiser.load_state_dict(state)
+    for parameter, kept in optimiser.state.items():
+        for name, value in kept.items():
+            if value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def progress_line() -> Callable[[str], None]:

@@ -11,7 +11,8 @@ from d3lib.artefacts import locked
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background a shell says so, and every child would too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-os.environ.pop("D3LIB_COMPILE", None)  # tests of the compiler set it themselves
+for name in ("D3LIB_COMPILE", "D3LIB_KEEP_MEMORY"):  # tests of them set them themselves
+    os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(config, items):
