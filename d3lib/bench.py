@@ -426,7 +426,7 @@ def _bench_infer(device: str) -> Iterator[Row]:
     """Depth of one picture after another at 256x320, as `d3lib predict` and scoring do it."""
     from d3lib.evaluation import as_predictor
 
-    predict, sample = _plain_predictor.__wrapped__(device)
+    predict, sample = _plain_predictor(device)
     expected = predict().cpu()
     with _plain(partial(_predict_naively, device), device) as naively:
         for precision, tolerance in _tolerances(device).items():

@@ -23,7 +23,10 @@ Scores = dict[str, dict[str, float | None]]
 
 
 def as_predictor(net: nn.Module, device: str = "cpu", precision: str = "float32") -> Predictor:
-    """A function RGB float (B, 3, H, W) in [0, 1] → float32 metres (B, 1, H, W) that runs `net` for evaluation."""
+    """A function RGB float (B, 3, H, W) in [0, 1] → float32 metres (B, 1, H, W) that runs `net` for evaluation.
+
+    On a CPU the process keeps freed memory from then on (see `d3lib.training.keep_memory`).
+    """
     if device == "cpu":
         keep_memory()
 

@@ -98,7 +98,8 @@ def keep_memory() -> None:
     """Let this process keep the memory that tensors on the CPU have freed, if its C library is glibc.
 
     That gives large pieces back to the system at once, and gets them anew, page by page, a step later. `d3lib bench`
-    tells the gain. The environment variable D3LIB_KEEP_MEMORY=0 leaves it so.
+    tells the gain. It holds for the whole process, until its end; the environment variable D3LIB_KEEP_MEMORY=0, set before
+    the first call, leaves it so.
     """
     if platform.libc_ver()[0] == "glibc" and os.environ.get("D3LIB_KEEP_MEMORY") != "0":
         for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: mallopt(3)
@@ -201,6 +202,7 @@ def fit(
     In several processes each gives its slice of every batch. `pixel_loss` sees the whole batch, so that l1, eigen or
     berhu are those of one process; only batch normalisation counts each slice alone. Parameters stay equal in all
     of them. Process 0 evaluates, reports and saves while the others wait; their traces lack what `evaluate` gives.
+    On a CPU the process keeps freed memory from then on (`keep_memory`).
 
     Args:
         net: RGB float (B, 3, H, W) in [0, 1] → metres (B, 1, H, W).
