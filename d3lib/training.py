@@ -98,8 +98,8 @@ def keep_memory() -> None:
     """Let this process keep the memory that tensors on the CPU have freed, if its C library is glibc.
 
     That gives large pieces back to the system at once, and gets them anew, page by page, a step later. `d3lib bench`
-    tells the gain. It holds for the whole process, until its end; the environment variable D3LIB_KEEP_MEMORY=0, set before
-    the first call, leaves it so.
+    tells the gain. It holds for the whole process, until its end; the environment variable D3LIB_KEEP_MEMORY=0, set
+    before the first call, leaves all as it is.
     """
     if platform.libc_ver()[0] == "glibc" and os.environ.get("D3LIB_KEEP_MEMORY") != "0":
         for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: mallopt(3)
