@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def ones_of(mask: Tensor) -> Tensor:
-    """A bool mask of any shape as what the other functions multiply by and what may be summed: 1 where it is True, else 0.
+    """A bool mask of any shape as what the others multiply by and what may be summed: 1 where it is True, else 0.
 
     In int32: a sum of bool would convert it each time, and on a CPU mixed types take twice as long to multiply.
     """
@@ -18,7 +18,7 @@ def ones_of(mask: Tensor) -> Tensor:
 
 
 def zeroed(x: Tensor, ones: Tensor) -> Tensor:
-    """A copy of x, float32 or float64 of the shape of `ones`, with 0 where `ones` (see `ones_of`) is 0: NaN and infinity too."""
+    """A copy of x, float32 or float64, with 0 where `ones` (see `ones_of`; of its shape) is 0: NaN too."""
     return (_integers(x) * ones).view(x.dtype)
 
 
